@@ -1,0 +1,70 @@
+# make demo | test | lint | format | build | clean        ARGS="..." goes to the program that runs
+#
+# Each target sets up what it needs on a fresh machine, in .venv, and only what changed since the last time.
+# Assumed: python3 and make; a C++ compiler if the native kernels are wanted (without one: pure torch).
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+ARGS ?=
+
+ENV_STAMP := $(VENV)/.stamp-environment
+CONFIG_STAMP := $(VENV)/.stamp-config
+BUILD_STAMP := $(VENV)/.stamp-build
+
+# Folders too: theirs is the time that changes when a source is removed.
+NATIVE_SOURCES := $(shell find csrc 2>/dev/null) $(wildcard build_tools/*.py) setup.py pyproject.toml
+CXX_SOURCES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: help demo test lint format build clean FORCE
+.SUFFIXES:
+
+help:
+	@sed -n '1,4s/^# \{0,1\}//p' Makefile
+
+demo: $(BUILD_STAMP)
+	@$(PY) -m examples.demo $(ARGS)
+
+test: $(BUILD_STAMP)
+	@$(PY) -m pytest tests $(ARGS)
+
+build: $(BUILD_STAMP)
+	@echo "fasttransfer is built and up to date"
+
+lint: $(ENV_STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_SOURCES)
+
+format: $(ENV_STAMP)
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(CXX_SOURCES)
+
+clean:
+	rm -rf build dist fasttransfer.egg-info fasttransfer/_C.*.so fasttransfer/_build.json
+	rm -f $(BUILD_STAMP) $(CONFIG_STAMP)
+
+$(PY):
+	@echo "== setting up the environment (once): $(VENV)"
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "error: '$(PYTHON) -m venv' failed. Debian and Ubuntu: apt install python3-venv. PYTHON=... names another."; \
+	  exit 1; }
+
+$(ENV_STAMP): requirements-dev.txt | $(PY)
+	@echo "== installing the packages of requirements-dev.txt (once; torch is the large one)"
+	@$(PY) -m pip install -qq --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+# What decides about the build beside the sources; rewritten only where it changed.
+$(CONFIG_STAMP): FORCE | $(PY)
+	@printf '%s\n' "NATIVE=$$FASTTRANSFER_NATIVE CUDA=$$FASTTRANSFER_CUDA DEBUG=$$FASTTRANSFER_DEBUG CXX=$$CXX" \
+	  "$$(command -v g++ c++ clang++ nvcc)" > $@.new
+	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
+
+$(BUILD_STAMP): $(ENV_STAMP) $(CONFIG_STAMP) $(NATIVE_SOURCES)
+	@echo "== building fasttransfer (once, and when csrc changes)"
+	@$(PY) -m pip install -qq --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	@$(PY) -m build_tools.describe
+	@touch $@

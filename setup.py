@@ -1,0 +1,101 @@
+"""Build fasttransfer: the Python package and, where it can, the native library `fasttransfer._C`.
+
+Metadata is in pyproject.toml. The environment decides what is compiled:
+
+    FASTTRANSFER_NATIVE=auto|0|1   CPU kernels: where possible, never, or fail without
+    FASTTRANSFER_CUDA=auto|0|1     CUDA kernels: where nvcc and a CUDA torch are found, never, or fail without
+    FASTTRANSFER_DEBUG=1           -O1 -g, symbols kept
+    CXX, MAX_JOBS                  the compiler, and how many of it run at once
+
+What was decided, and why, goes to stderr and into `fasttransfer/_build.json`, where
+`fasttransfer.build_info()` finds it.
+"""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from setuptools import Command, Extension, setup
+from setuptools.command.build import build
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT))  # build front ends run this file without its folder on the path
+
+from build_tools import compile as native  # noqa: E402
+from build_tools.decide import BuildError, decide, describe  # noqa: E402
+
+PACKAGE = ROOT / "fasttransfer"
+
+
+class Build(build):
+    """`build` from an empty build/lib (no wheel holds what the source no longer has), then `build_record`."""
+
+    sub_commands = [*build.sub_commands, ("build_record", None)]
+
+    def run(self):
+        if Path(self.build_lib).resolve().is_relative_to(ROOT / "build"):  # --build-lib may name any folder
+            shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
+
+class BuildNative(build_ext):
+    """`build_ext` with ninja in place of setuptools' compiler, which has one set of flags for all files."""
+
+    def build_extension(self, ext):
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            library = native.build_library(ROOT, PLAN.facts.compiler, PLAN.facts.torch, os.environ)
+        except BuildError as error:
+            raise SystemExit(f"error: {error}") from None
+        shutil.copyfile(library, target)
+
+
+class BuildRecord(Command):
+    """Say what was decided, and write it into `_build.json` beside the package's modules."""
+
+    description = "record what was compiled and why"
+    user_options = []
+
+    def initialize_options(self):
+        self.editable_mode = False
+        self.build_lib = None
+
+    def finalize_options(self):
+        self.set_undefined_options("build", ("build_lib", "build_lib"))
+
+    def run(self):
+        if self.editable_mode and not PLAN.native.build:
+            # A library of an earlier build would be loaded in spite of this decision.
+            for stale in PACKAGE.glob("_C.*.so"):
+                stale.unlink()
+        record = PLAN.record(self.distribution.get_version())
+        target = Path(self.get_outputs()[0])
+        target.write_text(json.dumps(record, indent=2) + "\n")
+        print(describe(record), file=sys.stderr)
+
+    def get_source_files(self):
+        return []
+
+    def get_outputs(self):
+        folder = PACKAGE if self.editable_mode else Path(self.build_lib, "fasttransfer")
+        return [str(folder / "_build.json")]
+
+    def get_output_mapping(self):
+        return {}
+
+
+try:
+    PLAN = decide(os.environ, ROOT)
+    native.jobs(os.environ)  # a bad MAX_JOBS is said before anything is built
+except BuildError as error:
+    raise SystemExit(f"error: {error}") from None
+
+setup(
+    # The sources are listed for tools that read them; what is compiled and how is build_tools/compile.py.
+    ext_modules=[Extension("fasttransfer._C", sources=["csrc/module.cpp"])] if PLAN.native.build else [],
+    cmdclass={"build": Build, "build_ext": BuildNative, "build_record": BuildRecord},
+)
