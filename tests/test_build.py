@@ -240,4 +240,33 @@ def test_record_agrees_with_what_is_installed():
     record = installed_record()
     assert record["version"] == importlib.metadata.version("fasttransfer")
     assert record["native"] is (importlib.util.find_spec("fasttransfer._C") is not None)
-    assert bool(record["levels"]) is record["native"]
+    assert ("baseline" in record["levels"]) is record["native"]
+
+
+@pytest.mark.skipif(
+    os.environ.get("FASTTRANSFER_BACKEND") == "reference",
+    reason="FASTTRANSFER_BACKEND=reference loads nothing",
+)
+def test_record_agrees_with_what_is_loaded():
+    info, record = fasttransfer.build_info(), installed_record()
+    assert info["cpu_kernels"] is record["native"], info["cpu_reason"]
+    assert set(info["simd_levels"]) <= set(record["levels"])
+
+
+@pytest.mark.parametrize(("requested", "warns"), [("auto", True), ("0", False)])
+def test_import_says_that_the_native_part_is_missing(requested, warns, tmp_path):
+    """pip hides what a build prints, so a fallback that nobody asked for is said at import."""
+    package = Path(fasttransfer.__file__).parent
+    shutil.copytree(package, tmp_path / "fasttransfer", ignore=shutil.ignore_patterns("_C.*", "__pycache__"))
+    record = installed_record() | {
+        "native": False,
+        "native_reason": "no C++ compiler was found",
+        "requested": {"native": requested, "cuda": "auto"},
+    }
+    (tmp_path / "fasttransfer/_build.json").write_text(json.dumps(record))
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("FASTTRANSFER_")}
+    environ["PYTHONPATH"] = str(tmp_path)
+    command = [sys.executable, "-c", "import fasttransfer; print(fasttransfer.__file__)"]
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(str(tmp_path))
+    assert ("no C++ compiler was found" in done.stderr) is warns, done.stderr
