@@ -1,0 +1,54 @@
+// What crosses between the torch-facing files (kd.cpp, l2sp.cpp, blend.cpp) and the SIMD levels (level.cpp): plain
+// structs of pointers and sizes, and one table of functions per level.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/dtype.h"
+
+namespace ft {
+
+// ------------------------------------------------------------------------------------------------ kd
+// What is the same for all rows of a call.
+struct KdCall {
+  DType student, teacher, grad;
+  int64_t columns;                                      // the vocabulary that counts, V
+  int64_t grad_columns;                                 // the gradient's width: columns past V are zero
+  int64_t student_stride, teacher_stride, grad_stride;  // elements between columns
+  double label_smoothing;
+  bool stream;  // the gradient does not fit the cache: store around it
+};
+
+struct KdRow {
+  const void* student;  // [grad_columns]
+  const void* teacher;  // [columns or more]; null where the distillation term has no weight
+  void* grad;           // [grad_columns]; null for the loss alone
+  double inv_t;         // 1 / temperature
+  double kd_weight;     // d loss / d divergence: row weight, T^2 and divisor
+  double label_weight;  // d loss / d cross entropy; 0 for a row without a label term
+  int64_t label;
+};
+
+struct KdRowLoss {
+  double kd, ce;      // unweighted; 0 where the weight is 0
+  double grad_scale;  // the stored gradient times this is the gradient: a power of two for fp16, else 1
+};
+
+// out = in * factor for one row of a saved gradient, in place where in == out.
+struct KdScale {
+  DType dtype;
+  int64_t columns, in_stride, out_stride;
+};
+
+struct Kernels {
+  const char* level;
+  KdRowLoss (*kd_row_float)(const KdCall&, const KdRow&, void* scratch);
+  KdRowLoss (*kd_row_double)(const KdCall&, const KdRow&, void* scratch);
+  int64_t (*kd_scratch_bytes)(int64_t columns, bool is_double);  // for one thread
+  void (*kd_scale_row)(const KdScale&, const void* in, void* out, double factor);
+};
+
+// The table of the level in force: the best that this CPU runs, FASTTRANSFER_SIMD, or what set_level() chose.
+const Kernels& kernels();
+
+}  // namespace ft

@@ -1,0 +1,96 @@
+"""Argument checks shared by the public functions. Each names the argument, what was given and what is accepted."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_FLOAT_NAMES = "float32, bfloat16, float16 or float64"
+
+# Values (label range, positive temperature) are always checked on the CPU. On another device that would wait for
+# it, so it is done on request only.
+_CHECK_DEVICES = os.environ.get("FASTTRANSFER_CHECK", "0") == "1"
+
+
+def check_tensor(
+    name: str, value: Any, dtypes: Sequence[torch.dtype] = FLOATS, accepted: str = _FLOAT_NAMES
+) -> None:
+    """Raise TypeError unless ``value`` is a strided tensor of one of ``dtypes``."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {_kind(value)}")
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name} must be {accepted}, got {_dtype(value)}")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense (strided) tensor, got layout {value.layout}")
+
+
+def check_number(
+    name: str, value: Any, low: float, high: float = float("inf"), *, open_low: bool = False
+) -> float:
+    """Return ``value`` as a float; raise unless it is a real number in [low, high] (or (low, high])."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if isinstance(value, bool) or not isinstance(value, Real):  # NumPy scalars are Real
+            raise TypeError(f"{name} must be a number, got {_kind(value)}")
+        value = float(value)
+    if not (low < value if open_low else low <= value) or not value <= high or value == float("inf"):
+        raise ValueError(f"{name} must be {_range(low, high, open_low)}, got {value}")
+    return float(value)
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
+    """Return ``value``; raise ValueError unless it is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    return str(value)
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """Return ``value``; raise TypeError unless it is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
+def values_visible(t: Tensor) -> bool:
+    """Whether the values of ``t`` may be looked at: not while tracing, and off the CPU only on request."""
+    if torch.compiler.is_compiling() or type(t) not in (Tensor, torch.nn.Parameter):
+        return False
+    return t.device.type == "cpu" or _CHECK_DEVICES
+
+
+def overlaps_itself(t: Tensor) -> bool:
+    """Whether two indices of ``t`` may be the same memory (an expanded tensor): such a tensor cannot be written."""
+    if t.is_contiguous():
+        return False
+    reach = 0
+    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False
+
+
+def shape(t: Tensor) -> str:
+    """The shape as people write it."""
+    return str(list(t.shape))
+
+
+def _kind(value: Any) -> str:
+    return f"{type(value).__name__} {value!r}" if isinstance(value, (bool, str)) else type(value).__name__
+
+
+def _dtype(t: Tensor) -> str:
+    return str(t.dtype).removeprefix("torch.")
+
+
+def _range(low: float, high: float, open_low: bool) -> str:
+    if high == float("inf"):
+        return ("greater than" if open_low else "at least") + f" {low:g} and finite"
+    return f"between {low:g} and {high:g}"
