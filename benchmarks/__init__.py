@@ -1,0 +1,1 @@
+"""Benchmarks of fasttransfer against the code people write today."""

@@ -1,0 +1,78 @@
+"""The demo: does knowledge transfer help here, and is it fast? Real data, one command.
+
+Run it:  python -m examples.demo [--quick] [--out demo]
+
+It prints its tables and writes a plot per part and `results.json` into the output directory. It exits with 1
+if a control misbehaves or if anything computes a wrong answer, never because of a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.rule import Rule
+
+from benchmarks import speed
+from benchmarks.display import console_of_width, one_progress
+from benchmarks.plots import plot_speed
+from benchmarks.timing import environment
+from examples import s3_distillation
+from examples.parts import Outcome, Part, Reporter, report
+
+
+def run_speed(quick: bool, reporter: Reporter) -> Outcome:
+    """Part 4 is the speed table of the benchmarks, as it is."""
+    results = speed.run(quick, lambda _: reporter.advance(), reporter.say)
+    return Outcome(speed.renderables(results), results, speed.failures(results))
+
+
+SPEED = Part("speed", "4  Speed against the naive code", speed.units, run_speed, plot_speed)
+PARTS = [s3_distillation.PART, SPEED]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; 1 if a part failed."""
+    parser = argparse.ArgumentParser(prog="python -m examples.demo", description=__doc__.partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="fewer seeds and rounds, without torch.compile")
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="where the plots and results.json go")
+    options = parser.parse_args(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    console = console_of_width()
+    started = time.monotonic()
+    outcomes: dict[str, Outcome] = {}
+    with one_progress(console) as display:
+        reporters = {part.key: Reporter(display, part.title, part.units(options.quick)) for part in PARTS}
+        for part in PARTS:
+            outcomes[part.key] = part.run(options.quick, reporters[part.key])
+            reporters[part.key].say("done")
+
+    failed, written = 0, []
+    for part in PARTS:
+        console.print(Rule(part.title, align="left", style="dim"))
+        failed += report(outcomes[part.key], console)
+        written.append(part.plot(outcomes[part.key].results, options.out))
+    written.append(write_results(options.out, options.quick, outcomes))
+    console.print(Rule(style="dim"))
+    seconds = time.monotonic() - started
+    verdict = "[bold red]FAILED[/]" if failed else "[green]every control and verdict held[/]"
+    console.print(f"{verdict} in {seconds:.0f} s; wrote {', '.join(map(str, written))}", highlight=False)
+    return 1 if failed else 0
+
+
+def write_results(directory: Path, quick: bool, outcomes: dict[str, Outcome]) -> Path:
+    """All results and the environment as one JSON file."""
+    whole: dict[str, Any] = {"quick": quick, "environment": environment()}
+    whole |= {key: outcome.results for key, outcome in outcomes.items()}
+    whole["failures"] = [line for outcome in outcomes.values() for line in outcome.failures]
+    path = directory / "results.json"
+    path.write_text(json.dumps(whole, indent=1) + "\n")
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main())
