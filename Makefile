@@ -48,8 +48,10 @@ clean:
 
 $(PY):
 	@echo "== setting up the environment (once): $(VENV)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: requirements-dev.txt needs Python 3.11 or later. PYTHON=python3.12, say, names another."; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
-	  echo "error: '$(PYTHON) -m venv' failed. Debian and Ubuntu: apt install python3-venv. PYTHON=... names another."; \
+	  echo "error: '$(PYTHON) -m venv' failed (Debian, Ubuntu: apt install python3-venv). PYTHON=... names another."; \
 	  exit 1; }
 
 $(ENV_STAMP): requirements-dev.txt | $(PY)

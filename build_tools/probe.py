@@ -77,7 +77,7 @@ def look_around(environ: Mapping[str, str], root: Path) -> Facts:
         sources_problem=None if (root / "csrc/module.cpp").is_file() else "csrc/module.cpp is not there",
         platform_problem=None if linux else f"they are built on Linux only (this is {sys.platform})",
         compiler_problem=compiler_problem,
-        tools_problem=f"the Python package {' and '.join(missing)} is not installed" if missing else None,
+        tools_problem=f"Python packages are missing: {', '.join(missing)}" if missing else None,
         torch_problem=torch_problem,
         compiler=compiler,
         torch=torch,
