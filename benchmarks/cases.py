@@ -68,6 +68,11 @@ def backward_of(loss_function: Callable[[Tensor], Tensor]) -> Callable[[Tensor],
     return forward_backward
 
 
+def calls_for(numbers: int) -> int:
+    """Calls per round: many where a call takes microseconds, and what is measured is the cost of calling."""
+    return 50 if numbers < 10_000 else 1
+
+
 def add_roofline(a: Tensor, b: Tensor) -> tuple[Provider, int]:
     """`torch.add(a, b)` into new memory: two reads and a write per element, as in kd; and its bytes."""
     call = Provider("torch.add(a, b)", lambda _: torch.add(a, b), lambda: None, lambda _, out: [out])
@@ -98,7 +103,6 @@ def kd_case(rows: int, vocab: int, temperature: float, compile_too: bool, *, lab
         functions[COMPILED] = lambda leaf: by_inductor(leaf, teacher, *extra)
     functions[OURS] = ours
     roofline, roofline_bytes = add_roofline(student, teacher)
-    small = rows * vocab < 10_000
     name = "kd + labels" if labelled else "kd"
     return Case(
         key=f"{name.replace(' + ', '_')}_{rows}x{vocab}",
@@ -112,8 +116,7 @@ def kd_case(rows: int, vocab: int, temperature: float, compile_too: bool, *, lab
         exact=exact,
         roofline=roofline,
         roofline_bytes=roofline_bytes,
-        calls_per_round=50 if small else 1,
-        notes={"temperature": temperature},
+        calls_per_round=calls_for(student.numel()),
     )
 
 
@@ -173,9 +176,8 @@ def lerp_roofline(count: int) -> tuple[Provider, int]:
     return call, 3 * a.numel() * a.element_size()
 
 
-def l2sp_case(compile_too: bool) -> Case:
-    """Value and gradient of the penalty, added to gradients already there, over ResNet-18's shapes."""
-    shapes = resnet18()
+def l2sp_case(model: str, shapes: Sequence[tuple[int, ...]], compile_too: bool) -> Case:
+    """Value and gradient of the penalty, added to gradients that are already there."""
     params = [p.requires_grad_(True) for p in like_parameters(shapes, 0)]
     start, grads = like_parameters(shapes, 1), like_parameters(shapes, 2)
     for p, g in zip(params, grads, strict=True):
@@ -201,8 +203,8 @@ def l2sp_case(compile_too: bool) -> Case:
     count = sum(p.numel() for p in params)
     roofline, roofline_bytes = lerp_roofline(count)
     return Case(
-        key="l2sp_resnet18",
-        title="l2sp_add_grad_ ResNet-18",
+        key=f"l2sp_{model}",
+        title=f"l2sp_add_grad_ {model}",
         operation="l2sp",
         floor_bytes=4 * 4 * count,  # read p, p0 and the gradient, write the gradient
         providers=[
@@ -212,12 +214,13 @@ def l2sp_case(compile_too: bool) -> Case:
         exact=oracle.l2sp([p.detach() for p in params], start, grads, STRENGTH),
         roofline=roofline,
         roofline_bytes=roofline_bytes,
+        calls_per_round=calls_for(count),
     )
 
 
 def blend_case(
-    key: str,
     title: str,
+    shapes: Sequence[tuple[int, ...]],
     alpha: float,
     source_count: int,
     by_hand: Callable[[Any, Any, float], Any],
@@ -226,8 +229,7 @@ def blend_case(
     *,
     foreach: bool = False,
 ) -> Case:
-    """In-place blending over ResNet-18's shapes. A single source is given as a list, not a list of lists."""
-    shapes = resnet18()
+    """In-place blending. A single source is given as a list of tensors, several as a list of such lists."""
     original, target = like_parameters(shapes, 0), like_parameters(shapes, 0)
     sources = [like_parameters(shapes, 1 + i) for i in range(source_count)]
     given: Any = sources if source_count > 1 else sources[0]
@@ -246,7 +248,7 @@ def blend_case(
     count = sum(t.numel() for t in target)
     roofline, roofline_bytes = lerp_roofline(count)
     return Case(
-        key=key,
+        key=title.replace(" ", "_"),
         title=title,
         operation="blend",
         floor_bytes=4 * (source_count + 2) * count,  # read target and sources, write target
@@ -254,25 +256,43 @@ def blend_case(
         exact=oracle.blend(original, sources, alpha),
         roofline=roofline,
         roofline_bytes=roofline_bytes,
+        calls_per_round=calls_for(count),
     )
+
+
+def kd_rows() -> list[Builder]:
+    """Distillation without labels from large to tiny, then with labels."""
+    sizes = [(256, 32000, False), (64, 128256, False), (1024, 1000, False), (256, 32000, True)]
+    sizes += [(8, 10, False), (8, 10, True)]
+    return [
+        Builder(
+            kd_title(rows, vocab, labelled),
+            lambda c, r=rows, v=vocab, labelled=labelled: kd_case(r, v, 2.0, c, labelled=labelled),
+        )
+        for rows, vocab, labelled in sizes
+    ]
+
+
+def list_rows() -> list[Builder]:
+    """The penalty and the blends over lists of parameters; compiling a list of one tiny tensor shows nothing."""
+    model, tiny = resnet18(), [(8, 10)]
+    two = ("blend_ ResNet-18", model, 0.5, 1, naive.blend, blend_)
+    ema = ("blend_ EMA ResNet-18", model, 0.999, 1, naive.ema, blend_)
+    three = ("blend_many_ x3 ResNet-18", model, 0.4, 3, naive.blend_many, blend_many_)
+    tiny_ema = ("blend_ EMA 8x10", tiny, 0.999, 1, naive.ema, blend_)
+    return [
+        Builder("l2sp_add_grad_ ResNet-18", lambda c: l2sp_case("ResNet-18", model, c)),
+        Builder("l2sp_add_grad_ 8x10", lambda _: l2sp_case("8x10", tiny, False)),
+        Builder(two[0], lambda c: blend_case(*two, c)),
+        Builder(ema[0], lambda c: blend_case(*ema, c, foreach=True)),
+        Builder(tiny_ema[0], lambda _: blend_case(*tiny_ema, False, foreach=True)),
+        Builder(three[0], lambda c: blend_case(*three, c)),
+    ]
 
 
 def table() -> list[Builder]:
     """The rows of the speed table, in order."""
-    kd_sizes = [(256, 32000), (64, 128256), (1024, 1000), (8, 10)]
-    builders = [
-        Builder(kd_title(*size), lambda compile_too, size=size: kd_case(*size, 2.0, compile_too))
-        for size in kd_sizes
-    ]
-    builders.append(Builder(kd_title(256, 32000, True), lambda c: kd_case(256, 32000, 2.0, c, labelled=True)))
-    builders.append(Builder("l2sp_add_grad_ ResNet-18", l2sp_case))
-    ema = ("blend_ema_resnet18", "blend_ EMA, ResNet-18", 0.999, 1, naive.ema, blend_)
-    two = ("blend_resnet18", "blend_ ResNet-18", 0.5, 1, naive.blend, blend_)
-    three = ("blend_many3_resnet18", "blend_many_ x3 ResNet-18", 0.4, 3, naive.blend_many, blend_many_)
-    builders.append(Builder(two[1], lambda c: blend_case(*two, c)))
-    builders.append(Builder(ema[1], lambda c: blend_case(*ema, c, foreach=True)))
-    builders.append(Builder(three[1], lambda c: blend_case(*three, c)))
-    return builders
+    return kd_rows() + list_rows()
 
 
 def folds(quick: bool) -> list[Builder]:

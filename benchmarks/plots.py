@@ -51,7 +51,7 @@ def plot_speed(results: dict[str, Any], directory: Path) -> Path:
     rivals = [name for name in CONTENDERS if any("median_s" in c["providers"].get(name, {}) for c in cases)]
     environment = results["environment"]
     with style():
-        size = (11, 0.5 * len(cases) + 1.7)
+        size = (11, 0.42 * len(cases) + 1.9)
         figure, (speedups, roofline) = plt.subplots(
             1, 2, figsize=size, width_ratios=(3, 1.6), sharey=True, layout="constrained"
         )
@@ -61,17 +61,11 @@ def plot_speed(results: dict[str, Any], directory: Path) -> Path:
             axis.grid(axis="x", visible=True)
         for row, case in enumerate(cases):
             _speedup_bars(speedups, row, case)
-            ours = case["providers"][OURS]
-            if "of_roofline" in ours:
-                share = 100 * ours["of_roofline"]
-                roofline.barh(row, share, height=0.5, color=MUTED)
-                inside = share > 25
-                x, side, colour = (share - 2, "right", "white") if inside else (share + 2, "left", INK)
-                roofline.text(x, row, f"{share:.0f}%", va="center", ha=side, fontsize=9, color=colour)
+            _roofline_bar(roofline, row, case["providers"][OURS])
         speedups.set_xscale("log")
         speedups.axvline(1, color=CONTROL, linewidth=1.2)
         low, high = speedups.get_xlim()
-        low, high = min(low, 0.7) * 0.9, high * 1.5
+        low, high = min(low, 0.7) * 0.8, high * 1.5
         speedups.set_xlim(low, high)
         ticks = [t for t in (0.25, 0.5, 1, 2, 5, 10, 20, 50, 100) if low <= t <= high]
         speedups.set_xticks(ticks, [f"{t:g}x" for t in ticks])
@@ -80,8 +74,11 @@ def plot_speed(results: dict[str, Any], directory: Path) -> Path:
         speedups.set_ylim(len(cases) - 0.4, -0.6)
         speedups.set_title("Times faster than ... (the red line is a tie)", loc="left")
         handles = [plt.Rectangle((0, 0), 1, 1, color=CONTENDERS[name][0]) for name in rivals]
-        speedups.legend(handles, [CONTENDERS[name][1] for name in rivals], loc="lower right")
-        roofline.axvline(100, color=INK, linewidth=1)
+        names = [CONTENDERS[name][1] for name in rivals]
+        speedups.legend(
+            handles, names, loc="upper left", bbox_to_anchor=(-0.02, -0.05), ncols=3, columnspacing=1.5
+        )
+        roofline.axvline(100, color=INK, linewidth=1, zorder=2)
         roofline.set_xlim(0, max(118.0, roofline.get_xlim()[1] * 1.1))
         roofline.set_xlabel("% of torch.add (kd) or lerp_ (others)")
         roofline.set_title("Share of the memory roofline", loc="left")
@@ -94,6 +91,17 @@ def plot_speed(results: dict[str, Any], directory: Path) -> Path:
         figure.savefig(path, dpi=150)
         plt.close(figure)
     return path
+
+
+def _roofline_bar(axis: Any, row: int, ours: dict[str, Any]) -> None:
+    """The share of the roofline, or that there is none."""
+    if "of_roofline" not in ours:
+        axis.text(2, row, "not bound by memory", va="center", fontsize=9, color=MUTED)
+        return
+    share = 100 * ours["of_roofline"]
+    axis.barh(row, share, height=0.5, color=MUTED, zorder=3)
+    x, side, colour = (share - 2, "right", "white") if share > 25 else (share + 2, "left", INK)
+    axis.text(x, row, f"{share:.0f}%", va="center", ha=side, fontsize=9, color=colour, zorder=4)
 
 
 def _speedup_bars(axis: Any, row: int, case: dict[str, Any]) -> None:

@@ -122,7 +122,7 @@ def speed_table(results: dict[str, Any]) -> Table:
         grid.add_column(header, justify="right", no_wrap=True)
     for case in results["cases"]:
         ours = case["providers"][OURS]
-        timed = "median_s" in ours
+        bound_by_memory = "of_roofline" in ours
         grid.add_row(
             case["title"],
             time_of(case, NAIVE),
@@ -131,8 +131,8 @@ def speed_table(results: dict[str, Any]) -> Table:
             f"[dim]{spread(ours)}[/]",
             ratio(speedup(case, NAIVE)),
             ratio(speedup(case, COMPILED)),
-            f"{ours['gb_per_s']:.1f}" if timed else "",
-            f"{100 * ours['of_roofline']:.0f}%" if timed else "",
+            f"{ours['gb_per_s']:.1f}" if bound_by_memory else "[dim]–[/]",
+            f"{100 * ours['of_roofline']:.0f}%" if bound_by_memory else "[dim]–[/]",
             f"[dim]{ours['error']:.0e}[/]" if ours["error"] is not None else "",
         )
         if FOREACH in case["providers"]:
@@ -164,6 +164,20 @@ def fold_table(results: dict[str, Any]) -> Table:
     return grid
 
 
+def losses_and_ties(results: dict[str, Any]) -> str:
+    """The rows that a reader should not have to look for: where a rival is as fast as ours, or faster."""
+    lost, tied = [], []
+    for case in results["cases"]:
+        for rival in case["providers"]:
+            times = speedup(case, rival) if rival != OURS else None
+            if times is not None and times < 1.05:
+                (tied if times >= 0.95 else lost).append(f"{case['title']} to {rival} ({times:.2f}x)")
+    lines = [f"Loses: {'; '.join(lost)}." if lost else "Loses to none of them."]
+    if tied:
+        lines.append(f"Ties (within 5%): {'; '.join(tied)}.".replace(" to ", " with "))
+    return "\n".join(lines)
+
+
 def notes(results: dict[str, Any]) -> str:
     """How to read the table, with what did not run."""
     lines = [
@@ -176,7 +190,7 @@ def notes(results: dict[str, Any]) -> str:
         for name, provider in case["providers"].items():
             if provider["note"]:
                 lines.append(f"{case['title']}, {name}: {provider['note']}")
-    return "\n".join(lines)
+    return "\n".join(lines) + "\n"
 
 
 def environment_lines(env: dict[str, Any]) -> str:
@@ -191,6 +205,7 @@ def renderables(results: dict[str, Any]) -> list[RenderableType]:
     """The whole of a run, to print in this order."""
     return [
         speed_table(results),
+        Text(losses_and_ties(results)),
         Text(notes(results), style="dim"),
         fold_table(results),
         Text(environment_lines(results["environment"]), style="dim"),

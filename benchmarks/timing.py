@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -57,7 +57,6 @@ class Case:
     roofline: Provider
     roofline_bytes: int
     calls_per_round: int = 1
-    notes: dict[str, Any] = field(default_factory=dict)
 
 
 def verdict(case: Case, provider: Provider) -> dict[str, Any]:
@@ -95,7 +94,8 @@ def measure(case: Case, rounds: int, step: Callable[[str], None] = lambda _: Non
     for result in results.values():
         if "median_s" in result:
             result["gb_per_s"] = case.floor_bytes / result["median_s"] / 1e9
-            result["of_roofline"] = result["gb_per_s"] / roofline["gb_per_s"]
+            if case.calls_per_round == 1:  # calls of microseconds are not bound by memory
+                result["of_roofline"] = result["gb_per_s"] / roofline["gb_per_s"]
     return {
         "key": case.key,
         "title": case.title,
@@ -105,7 +105,6 @@ def measure(case: Case, rounds: int, step: Callable[[str], None] = lambda _: Non
         "calls_per_round": case.calls_per_round,
         "providers": results,
         "roofline": roofline,
-        **case.notes,
     }
 
 

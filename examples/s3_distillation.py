@@ -226,23 +226,28 @@ def results_table(results: dict[str, Any]) -> Table:
         padding=(0, 1, 0, 0),
     )
     grid.add_column("trained on", no_wrap=True)
-    for header in (f"digit {digit}", "others", "overall", f"gain on {digit}", "seeds won"):
+    for header in (f"digit {digit}", "others", "overall", f"gain on {digit}", "seeds won", "verdict"):
         grid.add_column(header, justify="right", no_wrap=True)
     for name, method in results["methods"].items():
         shown = [plus_minus(method[key]) for key in ("missing", "others", "overall")]
         gain = method["against_hard_labels"]
         shown[0] = f"[bold]{shown[0]}[/]"
         if name == TEACHER:
-            shown += ["[dim]ceiling[/]", ""]
+            shown += ["[dim]ceiling[/]", "", ""]
         elif name == HARD:
-            shown += ["[dim]control[/]", ""]
+            shown += ["[dim]control[/]", "", ""]
         else:
-            shown += [
-                f"{100 * gain['difference']:+.1f} ± {100 * gain['std']:.1f}",
-                f"{gain['wins']} of {gain['of']}",
-            ]
+            shown.append(f"{100 * gain['difference']:+.1f}")
+            shown += [f"{gain['wins']} of {gain['of']}", in_words(gain)]
         grid.add_row(DESCRIPTIONS[name], *shown)
     return grid
+
+
+def in_words(gain: dict[str, Any]) -> str:
+    """Whether a method helped, by the seeds it won against labels."""
+    if gain["wins"] == gain["of"]:
+        return "[green]helps[/]"
+    return "[yellow]varies[/]" if gain["wins"] else "[dim]no[/]"
 
 
 def plus_minus(figure: dict[str, Any]) -> str:
@@ -251,10 +256,10 @@ def plus_minus(figure: dict[str, Any]) -> str:
 
 
 DESCRIPTIONS = {
-    TEACHER: "(the teacher, which saw all)",
+    TEACHER: "(the teacher itself)",
     HARD: "labels",
-    **{distilled_at(t): f"teacher's outputs at T = {t:g}" for t in TEMPERATURES},
-    BLIND: "T = 4, teacher never saw a 3",
+    **{distilled_at(t): f"teacher at T = {t:g}" for t in TEMPERATURES},
+    BLIND: "T = 4, never saw a 3 either",
 }
 
 PART = Part("distillation", "1  A student that never saw a 3", units, run, plot_distillation)
