@@ -1,0 +1,58 @@
+"""Fixtures of the whole suite: `backend`, `threads`, and the same random numbers in every run."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hypothesis import settings
+
+from tests.backends import BACKENDS, default_backend, running, why_not
+
+# The same examples in every run, and no deadline: a shared CI machine may stall for a second.
+settings.register_profile("fasttransfer", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("fasttransfer")
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    """The test runs once per backend: pure torch, each SIMD level, and what is to come. Its name."""
+    reason = why_not(request.param)
+    if reason:
+        pytest.skip(reason)
+    with running(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def one_backend():
+    """The backend that users of this machine get, for tests of torch's machinery (compile, opcheck): once each."""
+    with running(default_backend()):
+        yield default_backend()
+
+
+@pytest.fixture(params=[1, 2], ids=lambda n: f"{n}threads")
+def threads(request):
+    """The number of threads of torch's CPU pool, restored afterwards. Two also where there is only one core."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def pytest_report_header():
+    import fasttransfer
+
+    info = fasttransfer.build_info()
+    absent = [f"{name} ({why_not(name)})" for name in BACKENDS if why_not(name)]
+    return [
+        f"fasttransfer {info['version']}, torch {info['torch']}, {os.cpu_count()} cores, "
+        f"backends: {', '.join(name for name in BACKENDS if not why_not(name))}",
+        *(f"absent: {line}" for line in absent),
+    ]
