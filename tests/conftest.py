@@ -8,7 +8,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests.backends import BACKENDS, default_backend, running, why_not
+import fasttransfer
+from tests.backends import BACKENDS, LATER, default_backend, running, why_not
 
 # The same examples in every run, and no deadline: a shared CI machine may stall for a second.
 settings.register_profile("fasttransfer", deadline=None, derandomize=True, print_blob=True)
@@ -22,7 +23,7 @@ def seed():
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
-    """The test runs once per backend: pure torch, each SIMD level, and what is to come. Its name."""
+    """The test runs once per backend: pure torch, each SIMD level. Its name."""
     reason = why_not(request.param)
     if reason:
         pytest.skip(reason)
@@ -47,12 +48,10 @@ def threads(request):
 
 
 def pytest_report_header():
-    import fasttransfer
-
     info = fasttransfer.build_info()
-    absent = [f"{name} ({why_not(name)})" for name in BACKENDS if why_not(name)]
+    reasons = {name: why_not(name) for name in (*BACKENDS, *LATER)}
+    present = ", ".join(name for name, reason in reasons.items() if not reason)
     return [
-        f"fasttransfer {info['version']}, torch {info['torch']}, {os.cpu_count()} cores, "
-        f"backends: {', '.join(name for name in BACKENDS if not why_not(name))}",
-        *(f"absent: {line}" for line in absent),
+        f"fasttransfer {info['version']}, torch {info['torch']}, {os.cpu_count()} cores, backends: {present}",
+        *(f"backend {name} is absent: {reason}" for name, reason in reasons.items() if reason),
     ]
