@@ -15,7 +15,7 @@ import fasttransfer
 
 SIMD_LEVELS = ("avx512", "avx2", "baseline")
 # The suite runs on each of these. `simt` (the CUDA kernels on the CPU) and `cuda` join with the kernels of csrc/cuda:
-# the rest of this file, and every test, is ready for them. Until then tests/test_backends.py says that they are absent.
+# the rest of this file and the tests are ready for them. Until then tests/test_backends.py says that they are absent.
 BACKENDS = ("reference", *(f"cpu-{level}" for level in SIMD_LEVELS))
 LATER = ("simt", "cuda")
 
