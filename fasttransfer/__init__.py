@@ -4,15 +4,26 @@
 """
 
 from fasttransfer import native as _native
+from fasttransfer.blend import blend, blend_, blend_many, blend_many_
 from fasttransfer.kd import KDLoss, kd_loss
-from fasttransfer.native import build_info, simd_level, use_backend
+from fasttransfer.l2sp import L2SP, l2sp_add_grad_, l2sp_penalty, l2sp_prox_
+from fasttransfer.native import build_info, simd_level, simd_levels, use_backend
 
 _native.load()
 
 __all__ = [
+    "L2SP",
     "KDLoss",
+    "blend",
+    "blend_",
+    "blend_many",
+    "blend_many_",
     "build_info",
     "kd_loss",
+    "l2sp_add_grad_",
+    "l2sp_penalty",
+    "l2sp_prox_",
     "simd_level",
+    "simd_levels",
     "use_backend",
 ]

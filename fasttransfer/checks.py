@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _FLOAT_NAMES = "float32, bfloat16, float16 or float64"
@@ -26,18 +27,21 @@ def check_tensor(
         raise TypeError(f"{name} must be a tensor, got {_kind(value)}")
     if value.dtype not in dtypes:
         raise TypeError(f"{name} must be {accepted}, got {_dtype(value)}")
-    if value.layout is not torch.strided:
-        raise TypeError(f"{name} must be a dense (strided) tensor, got layout {value.layout}")
+    if value.layout is not torch.strided or value.is_nested:
+        layout = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+        raise TypeError(f"{name} must be a dense (strided) tensor, got {layout}")
 
 
 def check_number(
     name: str, value: Any, low: float, high: float = float("inf"), *, open_low: bool = False
 ) -> float:
     """Return ``value`` as a float; raise unless it is a real number in [low, high] (or (low, high])."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        if isinstance(value, bool) or not isinstance(value, Real):  # NumPy scalars are Real
-            raise TypeError(f"{name} must be a number, got {_kind(value)}")
+    if isinstance(value, bool) or not isinstance(value, (int, float, Real)):  # Real: NumPy's scalars
+        raise TypeError(f"{name} must be a number, got {_kind(value)}")
+    try:
         value = float(value)
+    except OverflowError:
+        value = float("inf") if value > 0 else float("-inf")
     if not (low < value if open_low else low <= value) or not value <= high or value == float("inf"):
         raise ValueError(f"{name} must be {_range(low, high, open_low)}, got {value}")
     return float(value)
@@ -62,6 +66,11 @@ def values_visible(t: Tensor) -> bool:
     if torch.compiler.is_compiling() or type(t) not in (Tensor, torch.nn.Parameter):
         return False
     return t.device.type == "cpu" or _CHECK_DEVICES
+
+
+def forward_mode() -> bool:
+    """Whether forward-mode differentiation is on: a plain dispatcher call would drop the tangents without a word."""
+    return forward_ad._current_level >= 0
 
 
 def overlaps_itself(t: Tensor) -> bool:

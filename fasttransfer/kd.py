@@ -13,6 +13,7 @@ from fasttransfer.checks import (
     check_flag,
     check_number,
     check_tensor,
+    forward_mode,
     overlaps_itself,
     shape,
     values_visible,
@@ -24,6 +25,8 @@ NumItems = int | float | Tensor | Sequence[float]
 _REDUCTIONS = ("mean", "batchmean", "sum", "none")
 _IGNORED_ROWS = ("skip", "distill")
 _INT64 = (torch.int64,)
+# Beyond, T^2 and 1/T leave the range of their types.
+_TEMPERATURES = (1e-30, 1e30)
 
 
 class _Options(NamedTuple):
@@ -53,6 +56,8 @@ def _check_options(
         label_weight = check_number("label_weight", label_weight, 0, 1)
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must be an int64, got {ignore_index}")
     if vocab_size is not None and (
         isinstance(vocab_size, bool) or not isinstance(vocab_size, (int, torch.SymInt))
     ):
@@ -93,7 +98,7 @@ def kd_loss(
         loss = label_weight * CE(student, label) + (1 - label_weight) * T^2 * KL(q || p)
 
     The cross entropy is at temperature 1. Without labels the loss is ``T^2 * KL(q || p)``. Hinton, Vinyals and Dean,
-    "Distilling the Knowledge in a Neural Network" (2015), section 2: ``T^2`` keeps the gradient's size when T changes.
+    "Distilling the Knowledge in a Neural Network" (2015), section 2: ``T^2`` keeps the gradient's size as T changes.
 
     The gradient is computed in the forward pass, while the row is in cache, and kept instead of the logits.
 
@@ -103,7 +108,7 @@ def kd_loss(
         teacher_logits: ``[..., V]``, same leading dimensions and device; its dtype may differ. It is a constant:
             where gradients are recorded it must not require one.
         labels: ``[...]`` int64 class indices, or None.
-        temperature: ``T > 0``; a number, or a float tensor ``[...]`` with one temperature per row.
+        temperature: ``T > 0`` (1e-30 to 1e30); a number, or a float tensor ``[...]`` with one temperature per row.
         label_weight: Weight of the label term in [0, 1]. Must be given with ``labels`` (0.0: labels only say which
             rows are ignored), must not be given without.
         ignore_index: Label of an ignored row.
@@ -121,7 +126,8 @@ def kd_loss(
             the two divisors apart.
         scale_by_t2: Multiply the distillation term, and so its gradient, by ``T^2``.
         inplace: Overwrite ``student_logits`` with its gradient instead of allocating one. Only where a gradient is
-            recorded, and for a whole, non-leaf tensor. Using the logits again in the graph is an error in backward.
+            recorded, for a non-leaf tensor or a view of the whole of one. Using the logits again in the graph is an
+            error in backward.
 
     Returns:
         A float32 tensor (float64 if either input is): a scalar, or ``[...]`` for ``reduction="none"``. If no row is
@@ -184,7 +190,7 @@ class KDLoss(nn.Module):
         inplace: bool = False,
     ) -> None:
         super().__init__()
-        self.temperature = check_number("temperature", temperature, 0, open_low=True)
+        self.temperature = check_number("temperature", temperature, *_TEMPERATURES)
         self.options = _check_options(
             label_weight,
             ignore_index,
@@ -233,8 +239,8 @@ def _kd(
     columns = _check_logits(student, teacher, options.vocab_size)
     _check_labels(labels, student, columns, options)
     constant_t, row_t = _check_temperature(temperature, student)
-    weight = _check_row_weight(row_weight, student)
-    items, items_tensor = _check_num_items(num_items, options)
+    weight = None if row_weight is None else _row_values("row_weight", row_weight, student)
+    items, items_tensor = _check_num_items(num_items, student, labels is not None, options)
     if options.reduction == "batchmean" and student.dim() == 1:
         raise ValueError(
             "reduction='batchmean' needs student_logits with a first dimension beside V, got one row [V]"
@@ -250,11 +256,11 @@ def _kd(
             "teacher_logits requires grad, but the teacher is a constant of kd_loss: "
             "compute it under torch.no_grad() or pass teacher_logits.detach()"
         )
-    if not (recording and student.requires_grad):
+    if not (recording and student.requires_grad) and not forward_mode():
         return kd_op(student, teacher, *args, False)[0]
-    if options.inplace:
-        _check_inplace(student, teacher)
-        return KDInplaceFunction.apply(student, teacher, *args)[0]
+    if options.inplace and student.requires_grad:
+        memory = _check_inplace(student, teacher)
+        return KDInplaceFunction.apply(memory, student.shape, teacher, *args)[0]
     return KDFunction.apply(student, teacher, *args)
 
 
@@ -320,23 +326,23 @@ def _check_labels(labels: Tensor | None, student: Tensor, columns: int, options:
 
 def _check_temperature(temperature: float | Tensor, student: Tensor) -> tuple[float, Tensor | None]:
     if not isinstance(temperature, Tensor):
-        return check_number("temperature", temperature, 0, open_low=True), None
+        return check_number("temperature", temperature, *_TEMPERATURES), None
     t = _row_values("temperature", temperature, student)
-    if values_visible(t) and not bool(((t > 0) & torch.isfinite(t)).all()):
-        raise ValueError(f"temperature must be greater than 0 and finite in every row, got {float(t.min())}")
+    low, high = _TEMPERATURES
+    if values_visible(t) and not bool(((t >= low) & (t <= high)).all()):
+        wrong = t[~((t >= low) & (t <= high))][0]
+        raise ValueError(
+            f"temperature must be between {low:g} and {high:g} in every row, got {float(wrong):g}"
+        )
     return 1.0, t
-
-
-def _check_row_weight(row_weight: Tensor | None, student: Tensor) -> Tensor | None:
-    return None if row_weight is None else _row_values("row_weight", row_weight, student)
 
 
 def _row_values(name: str, value: Tensor, student: Tensor) -> Tensor:
     """A per-row argument as float32 or float64 ``[...]``."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if value.dtype.is_complex:
-        raise TypeError(f"{name} must be real, got {value.dtype}")
+    if value.dtype.is_complex or value.layout is not torch.strided or value.is_nested:
+        raise TypeError(f"{name} must be a real dense tensor, got {value.dtype}, {value.layout}")
     if value.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} requires grad, but it is a constant of kd_loss: pass {name}.detach()")
     if name == "temperature" and value.dim() == 0:
@@ -355,37 +361,62 @@ def _check_rows(name: str, value: Tensor, student: Tensor) -> None:
         raise ValueError(f"{name} is on {value.device}, student_logits on {student.device}")
 
 
-def _check_num_items(num_items: NumItems | None, options: _Options) -> tuple[list[float], Tensor | None]:
+def _check_num_items(
+    num_items: NumItems | None, student: Tensor, labelled: bool, options: _Options
+) -> tuple[list[float], Tensor | None]:
+    """As constants, or as a tensor of 1 or 2 values on the student's device."""
     if num_items is None:
         return [], None
     if options.reduction in ("sum", "none"):
         raise ValueError(f"num_items replaces a divisor, and reduction={options.reduction!r} has none")
     if isinstance(num_items, Tensor):
-        if num_items.numel() not in (1, 2) or num_items.dtype.is_complex:
-            raise ValueError(
-                f"num_items must be one number, or a pair, got a tensor of shape {shape(num_items)}"
+        if num_items.dtype.is_complex or num_items.layout is not torch.strided or num_items.is_nested:
+            raise TypeError(
+                f"num_items must be a real dense tensor, got {num_items.dtype}, {num_items.layout}"
             )
+        count = num_items.numel()
+        if num_items.device != student.device and num_items.device.type != "cpu":
+            raise ValueError(f"num_items is on {num_items.device}, student_logits on {student.device}")
+        if values_visible(num_items) and not bool((num_items > 0).all()):
+            raise ValueError(f"num_items must be greater than 0, got {num_items.tolist()}")
+    else:
+        pair = num_items if isinstance(num_items, (tuple, list)) else [num_items]
+        count = len(pair)
+    if count not in (1, 2):
+        raise ValueError(f"num_items must be one number or a pair, got {count} values")
+    if count == 2 and not (labelled and options.distill_ignored):
+        raise ValueError(
+            "num_items is a pair (rows, labelled rows) only with labels and ignored_rows='distill'"
+        )
+    if isinstance(num_items, Tensor):
         dtype = num_items.dtype if num_items.dtype == torch.float32 else torch.float64
-        return [], num_items.detach().to(dtype)
-    pair = num_items if isinstance(num_items, (tuple, list)) else [num_items]
-    if len(pair) not in (1, 2):
-        raise ValueError(f"num_items must be one number or a pair, got {num_items!r}")
+        if student.device.type == "mps":
+            dtype = torch.float32
+        return [], num_items.detach().to(student.device, dtype, non_blocking=True)
     return [check_number("num_items", n, 0, open_low=True) for n in pair], None
 
 
-def _check_inplace(student: Tensor, teacher: Tensor) -> None:
-    if student.is_leaf:
-        raise ValueError("inplace=True would overwrite student_logits, which is a leaf that requires grad")
+def _check_inplace(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the tensor to overwrite: the logits, or what they are a view of as a whole."""
+    memory = student
     if student._is_view():
-        raise ValueError(
-            "inplace=True cannot take a view: autograd could not tell if the rest is used again. Pass the whole "
-            "[..., V] logits (any leading dimensions are taken; shift labels rather than logits)"
-        )
+        # nn.Linear with a bias returns a view of its [rows, V] result, and people write .view(batch, length, V).
+        base = student._base
+        assert base is not None
+        if base.numel() != student.numel() or not (base.is_contiguous() and student.is_contiguous()):
+            raise ValueError(
+                "inplace=True cannot take a view of a part of another tensor: pass the whole [..., V] logits (any "
+                "leading dimensions are taken; shift labels rather than logits)"
+            )
+        memory = base
+    if memory.is_leaf:
+        raise ValueError("inplace=True would overwrite student_logits, which is a leaf that requires grad")
     if overlaps_itself(student):
         raise ValueError(
             "inplace=True cannot overwrite student_logits: its elements overlap in memory (expanded?)"
         )
-    if torch.compiler.is_compiling():
-        return
-    if student.untyped_storage().data_ptr() == teacher.untyped_storage().data_ptr() and student.numel():
+    if torch.compiler.is_compiling() or student.numel() == 0:
+        return memory
+    if student.untyped_storage().data_ptr() == teacher.untyped_storage().data_ptr():
         raise ValueError("inplace=True cannot overwrite student_logits: teacher_logits shares its memory")
+    return memory

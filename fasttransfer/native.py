@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fasttransfer.ops.library import force_reference
+from fasttransfer.ops.library import force_reference, reference_forced
 
 BACKENDS = ("auto", "reference", "native")
 
@@ -124,11 +124,12 @@ def use_backend(backend: str) -> Iterator[None]:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "native" and _C is None:
         raise RuntimeError(f"no native kernels are loaded: {_why_not}")
-    if backend == "reference" and _C is not None:
-        with force_reference():
-            yield
-    else:
+    before = reference_forced()
+    force_reference(backend == "reference" and _C is not None)
+    try:
         yield
+    finally:
+        force_reference(before)
 
 
 def build_info() -> dict[str, Any]:

@@ -41,6 +41,8 @@ class RowValues {
     if (!t) return;
     tensor_ = contiguous(*t);
     is_double_ = tensor_->scalar_type() == ScalarType::Double;
+    STD_TORCH_CHECK(is_double_ || tensor_->scalar_type() == ScalarType::Float,
+                    "fasttransfer::kd: a value per row must be float32 or float64");
     data_ = tensor_->const_data_ptr();
   }
   double operator[](int64_t i) const {

@@ -303,7 +303,8 @@ KdRowLoss kd_row_as(const KdCall& call, const KdRow& row, void* memory) {
   const int64_t columns = call.columns;
   KdScratch<F> scratch(memory, columns);
   // Without a teacher only the label term is left, at T = 1.
-  const ExpScale<F> scale = exp_scale<F>(kTeacher ? row.inv_t : 1.0), scale_1 = exp_scale<F>(1.0);
+  const double inv_t = kTeacher ? row.inv_t : 1.0;
+  const ExpScale<F> scale = exp_scale<F>(inv_t), scale_1 = exp_scale<F>(1.0);
 
   RowStat<double> stat = empty_stat<double>();
   F max_s = neg_inf<F>(), max_t = neg_inf<F>();
@@ -330,7 +331,7 @@ KdRowLoss kd_row_as(const KdCall& call, const KdRow& row, void* memory) {
         stat,
         sweep<F, Policy, kTeacher, kHot, kSave>(s, t, n, max_s, max_t, scale, scale_1, scratch.exp_s + begin,
                                                 scratch.exp_t + begin, scratch.exp_1 + begin),
-        row.inv_t);
+        inv_t);
   }
   if (!kHot) stat.exp_1 = stat.exp_s;
 
@@ -352,7 +353,9 @@ KdRowLoss kd_row_as(const KdCall& call, const KdRow& row, void* memory) {
             load_partial<F, S>(static_cast<const S*>(row.student) + row.label * call.student_stride, 1, S{})[0]);
       });
       const double log_sum = log(stat.exp_1);
-      loss.ce = (1 - call.label_smoothing) * (log_sum - (s_label - reference(stat.max_s)));
+      // 0 * inf = 0, at both ends of label_smoothing.
+      if (call.label_smoothing != 1)
+        loss.ce = (1 - call.label_smoothing) * (log_sum - (s_label - reference(stat.max_s)));
       if (call.label_smoothing != 0) loss.ce += call.label_smoothing * (log_sum - stat.shift_s / double(columns));
     }
   }

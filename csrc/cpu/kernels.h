@@ -40,12 +40,44 @@ struct KdScale {
   int64_t columns, in_stride, out_stride;
 };
 
+// ---------------------------------------------------------------------------------------------- l2sp
+// A run of one parameter: n elements that lie one after the other in every operand.
+struct L2spRun {
+  const void* param;
+  const void* start;  // null: 0
+  void* grad;         // null: the value alone
+  DType param_dtype, start_dtype, grad_dtype;
+  double factor;    // d grad / d (p - p0)
+  bool accumulate;  // add to grad, or write it
+  int64_t n;
+};
+
+// --------------------------------------------------------------------------------------------- blend
+struct BlendTerm {
+  const void* data;
+  DType dtype;
+  double coef;
+};
+
+struct BlendRun {
+  void* out;
+  DType out_dtype;
+  const BlendTerm* terms;  // the first is the base, of the largest coefficient; zeros are left out
+  int count;               // at least 1
+  bool convex;             // the coefficients sum to 1
+  int64_t n;
+};
+
 struct Kernels {
   const char* level;
   KdRowLoss (*kd_row_float)(const KdCall&, const KdRow&, void* scratch);
   KdRowLoss (*kd_row_double)(const KdCall&, const KdRow&, void* scratch);
   int64_t (*kd_scratch_bytes)(int64_t columns, bool is_double);  // for one thread
   void (*kd_scale_row)(const KdScale&, const void* in, void* out, double factor);
+  double (*l2sp_run_float)(const L2spRun&);
+  double (*l2sp_run_double)(const L2spRun&);
+  void (*blend_run_float)(const BlendRun&);
+  void (*blend_run_double)(const BlendRun&);
 };
 
 // The table of the level in force: the best that this CPU runs, FASTTRANSFER_SIMD, or what set_level() chose.

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttransfer.ops.library import define
+from fasttransfer.ops.library import accumulator, compute_dtype, define
 
 _ROW_OPTIONS = (
     "Tensor? labels, Tensor? row_weight, Tensor? row_temperature, Tensor? num_items, float[] num_items_constant, "
@@ -29,11 +29,6 @@ _CHUNK_LOGITS = 1 << 20
 
 
 # --------------------------------------------------------------------------------------------- pure torch
-def _accumulator(t: Tensor) -> torch.dtype:
-    """Row sums are kept in double where the device has it: differences of logarithms of sums cancel."""
-    return torch.float32 if t.device.type == "mps" else torch.float64
-
-
 def _half_scale(bound: Tensor) -> Tensor:
     """Per row, the power of two that brings a gradient of at most ``bound`` near the top of fp16."""
     exponent = torch.frexp(bound.float()).exponent
@@ -88,7 +83,9 @@ def _kd_rows(
         broken |= out_of_range
         index = torch.where(labelled & ~out_of_range, labels, 0)[:, None]
         e1, sum_1 = _exp_sum(ds, acc)
-        ce = (1 - smoothing) * (torch.log(sum_1) - ds.gather(-1, index)[:, 0].to(acc))
+        ce = torch.zeros_like(sum_1)
+        if smoothing != 1:  # 0 * inf = 0
+            ce = (1 - smoothing) * (torch.log(sum_1) - ds.gather(-1, index)[:, 0].to(acc))
         if smoothing:
             ce = ce + smoothing * (torch.log(sum_1) - ds.sum(-1, dtype=acc) / columns)
         loss += torch.where(labelled, ce_weight * ce, 0.0)
@@ -120,7 +117,7 @@ def _weights(
     scale_by_t2: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Per row: temperature, weight of the divergence, weight of the cross entropy (None without labels)."""
-    acc = _accumulator(like)
+    acc = accumulator(like)
     device = like.device
     one = torch.ones(rows, dtype=acc, device=device)
     t = one * temperature if row_temperature is None else row_temperature.reshape(-1).to(acc)
@@ -157,6 +154,7 @@ def _weights(
 def _reference(
     student: Tensor,
     teacher: Tensor,
+    grad: Tensor | None,  # [..., V] of the student's shape and dtype, overwritten
     labels: Tensor | None,
     row_weight: Tensor | None,
     row_temperature: Tensor | None,
@@ -170,11 +168,9 @@ def _reference(
     vocab_size: int,
     reduction: str,
     scale_by_t2: bool,
-    grad: Tensor | None,  # [..., V] of the student's shape and dtype, overwritten
 ) -> tuple[Tensor, Tensor]:
     """Loss, and the factor per row that turns the stored gradient into the gradient (fp16 only, else empty)."""
-    double = torch.float64 in (student.dtype, teacher.dtype)
-    compute = torch.float64 if double else torch.float32
+    compute = compute_dtype(student, teacher)
     leading = student.shape[:-1]
     rows = leading.numel()
     t, kd_weight, ce_weight = _weights(
@@ -211,8 +207,7 @@ def _reference(
         out[..., :vocab_size] = g.reshape(out[..., :vocab_size].shape).to(grad.dtype)
         out[..., vocab_size:] = 0
 
-    result = torch.float64 if double else torch.float32
-    return (losses.reshape(leading) if reduction == "none" else losses.sum()).to(result), scale
+    return (losses.reshape(leading) if reduction == "none" else losses.sum()).to(compute), scale
 
 
 def _chunks(leading: torch.Size, width: int) -> Any:
@@ -236,16 +231,14 @@ def _chunks(leading: torch.Size, width: int) -> Any:
 
 
 def _kd_reference(student: Tensor, teacher: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    options: Any = args[:-1]
     want_grad = args[-1]
     grad = torch.empty(student.shape, dtype=student.dtype, device=student.device) if want_grad else None
-    loss, scale = _reference(student, teacher, *options, grad)
+    loss, scale = _reference(student, teacher, grad, *args[:-1])
     return loss, student.new_empty(0) if grad is None else grad, scale
 
 
 def _kd_reference_(student: Tensor, teacher: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    options: Any = args
-    return _reference(student, teacher, *options, student)
+    return _reference(student, teacher, student, *args)
 
 
 def _rowwise(factor: Tensor, grad: Tensor) -> Tensor:
@@ -265,8 +258,8 @@ def _kd_scale_reference_(grad: Tensor, upstream: Tensor, grad_scale: Tensor) -> 
 
 # ------------------------------------------------------------------------------------------------- fakes
 def _fake_loss(student: Tensor, teacher: Tensor, reduction: str) -> Tensor:
-    dtype = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
-    return student.new_empty(student.shape[:-1] if reduction == "none" else (), dtype=dtype)
+    shape = student.shape[:-1] if reduction == "none" else ()
+    return student.new_empty(shape, dtype=compute_dtype(student, teacher))
 
 
 def _fake_scale(student: Tensor, want_grad: bool) -> Tensor:
@@ -357,19 +350,25 @@ class KDFunction(torch.autograd.Function):
 
 
 class KDInplaceFunction(torch.autograd.Function):
-    """As KDFunction, but the student's logits are overwritten with their gradient.
+    """As KDFunction, but the memory of the student's logits is overwritten with their gradient.
 
-    Returns ``(loss, student)``: the overwritten logits are an output, so that a gradient which arrives through them
-    shows that they were used again.
+    ``KDInplaceFunction.apply(memory, shape, teacher, *options)`` returns ``(loss, memory)``. ``memory`` is the
+    logits, or the tensor that they view as a whole, and ``shape`` the logits' shape. The overwritten tensor is an
+    output, so that a gradient that arrives through it (or through a view of it) shows that it was used again.
     """
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, *options: Any) -> tuple[Tensor, Tensor]:  # noqa: D102
-        loss, grad_scale = kd_inplace_op(student, teacher, *options)
-        ctx.mark_dirty(student)
-        ctx.save_for_backward(student, grad_scale)
+    def forward(  # noqa: D102
+        ctx: Any, memory: Tensor, shape: torch.Size, teacher: Tensor, *options: Any
+    ) -> tuple[Tensor, Tensor]:
+        ctx.shape = shape
+        loss, grad_scale = kd_inplace_op(
+            memory if memory.shape == shape else memory.view(shape), teacher, *options
+        )
+        ctx.mark_dirty(memory)
+        ctx.save_for_backward(memory, grad_scale)
         ctx.set_materialize_grads(False)
-        return loss, student
+        return loss, memory
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, reused: Tensor | None) -> Any:  # noqa: D102
@@ -382,5 +381,8 @@ class KDInplaceFunction(torch.autograd.Function):
         nothing = (None,) * (len(ctx.needs_input_grad) - 1)
         if upstream is None:
             return (None, *nothing)
-        grad, grad_scale = ctx.saved_tensors
-        return (_apply_upstream(grad.detach(), upstream, grad_scale), *nothing)
+        memory, grad_scale = ctx.saved_tensors
+        grad = memory.detach()
+        if grad.shape == ctx.shape:
+            return (_apply_upstream(grad, upstream, grad_scale), *nothing)
+        return (_apply_upstream(grad.view(ctx.shape), upstream, grad_scale).view(memory.shape), *nothing)

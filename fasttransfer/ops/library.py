@@ -8,8 +8,7 @@ picks. There is no ``if cuda`` anywhere in this package.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -64,16 +63,37 @@ def _bump_versions(name: str, overload: Any, mutates: Sequence[int]) -> None:
     _library.impl(name, bump, "ADInplaceOrView", with_keyset=True)
 
 
-@contextmanager
-def force_reference(keys: Sequence[str] = ("CPU", "CUDA")) -> Iterator[None]:
-    """Within the context the pure-torch kernels run, also where compiled ones are loaded."""
-    override = Library(NAMESPACE, "IMPL")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns that a kernel is overridden, which is the point
-            for name, reference in _references.items():
-                for key in keys:
-                    override.impl(name, reference, key, allow_override=True)
-        yield
-    finally:
-        override._destroy()
+_override: Library | None = None
+
+
+def reference_forced() -> bool:
+    """Whether the pure-torch kernels run also where compiled ones are loaded."""
+    return _override is not None
+
+
+def force_reference(on: bool, keys: Sequence[str] = ("CPU", "CUDA")) -> None:
+    """Put the pure-torch kernels over the compiled ones, or take them away again."""
+    global _override
+    if on == reference_forced():
+        return
+    if _override is not None:
+        _override._destroy()
+        _override = None
+        return
+    _override = Library(NAMESPACE, "IMPL")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns that a kernel is overridden, which is the point
+        for name, reference in _references.items():
+            for key in keys:
+                _override.impl(name, reference, key, allow_override=True)
+
+
+def accumulator(t: torch.Tensor) -> torch.dtype:
+    """What sums are kept in: double where the device has it, since differences of logarithms of sums cancel."""
+    return torch.float32 if t.device.type == "mps" else torch.float64
+
+
+def compute_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
+    """What elementwise arithmetic runs in: fp32, or fp64 as soon as one operand is."""
+    double = any(t is not None and t.dtype == torch.float64 for t in tensors)
+    return torch.float64 if double else torch.float32

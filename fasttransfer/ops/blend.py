@@ -1,0 +1,172 @@
+"""``torch.ops.fasttransfer.blend``: weighted sums of tensors, rounded once, for a whole list in one call.
+
+``out_i = alpha_i target_i + scale_i sum_j w_j source_ij``, scale = 1 - alpha unless given. Arithmetic in fp32 (fp64 if
+an operand is), result in the target's dtype. Around the operand of the largest coefficient where the
+coefficients sum to 1: equal operands then give exactly that value, and an average that has converged stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasttransfer.ops.library import compute_dtype, define
+
+_ARGUMENTS = (
+    "Tensor[] sources, float[] alpha, Tensor? alpha_tensor, "
+    "float[] scale, Tensor? scale_tensor, float[] weights"
+)
+# sources: the sources of target 0, then those of target 1, ... ; a tensor of values is [targets], fp32 or fp64
+
+
+# --------------------------------------------------------------------------------------------- pure torch
+def _combine(
+    target: Tensor, sources: Sequence[Tensor], alpha: Any, scale: Any, weights: Sequence[float]
+) -> Tensor:
+    """One target. ``alpha`` and ``scale`` are floats, or 0-dim tensors, whose values only the device looks at."""
+    dtype = compute_dtype(target, *sources)
+    t = target.to(dtype)
+    source = sum(_scaled(s.to(dtype), w) for s, w in zip(sources, weights, strict=True))
+    if scale is not None:
+        return _scaled(t, alpha) + _scaled(source, scale)
+    if isinstance(alpha, Tensor):
+        alpha = alpha.to(dtype)
+        inner = torch.where(alpha >= 0.5, t + (source - t) * (1 - alpha), source + (t - source) * alpha)
+        return torch.where(alpha == 1, t, torch.where(alpha == 0, source, inner))
+    if alpha in (0, 1):
+        return t if alpha == 1 else source
+    return t + (source - t) * (1 - alpha) if alpha >= 0.5 else source + (t - source) * alpha
+
+
+def _scaled(x: Tensor, coef: Any) -> Any:
+    """``coef * x``, where a coefficient of 0 does not look at ``x``."""
+    if isinstance(coef, Tensor):
+        return torch.where(coef == 0, 0.0, x * coef.to(x.dtype))
+    return x if coef == 1 else x * coef if coef else torch.zeros_like(x)
+
+
+def _value(constants: Sequence[float], tensor: Tensor | None, i: int) -> Any:
+    if tensor is not None:
+        return tensor[i]
+    return constants[i] if constants else None
+
+
+def _blend(
+    targets: Sequence[Tensor],
+    sources: Sequence[Tensor],
+    alpha: Sequence[float],
+    alpha_tensor: Tensor | None,
+    scale: Sequence[float],
+    scale_tensor: Tensor | None,
+    weights: Sequence[float],
+) -> list[Tensor]:
+    k = len(weights)
+    return [
+        _combine(
+            target,
+            sources[i * k : (i + 1) * k],
+            _value(alpha, alpha_tensor, i),
+            _value(scale, scale_tensor, i),
+            weights,
+        ).to(target.dtype)
+        for i, target in enumerate(targets)
+    ]
+
+
+def _blend_(targets: Sequence[Tensor], sources: Sequence[Tensor], *args: Any) -> None:
+    k = len(args[-1])
+    for i, target in enumerate(targets):
+        alpha, alpha_tensor, scale, scale_tensor, weights = args
+        one = slice(i, i + 1)
+        out = _blend(
+            [target],
+            sources[i * k : (i + 1) * k],
+            alpha[one],
+            None if alpha_tensor is None else alpha_tensor[one],
+            scale[one],
+            None if scale_tensor is None else scale_tensor[one],
+            weights,
+        )
+        target.copy_(out[0])
+
+
+blend_op = define(
+    "blend",
+    f"(Tensor[] targets, {_ARGUMENTS}) -> Tensor[]",
+    _blend,
+    lambda targets, *_: [torch.empty_like(t) for t in targets],
+)
+blend_inplace_op = define(
+    "blend_", f"(Tensor(a!)[] targets, {_ARGUMENTS}) -> ()", _blend_, lambda *_: None, mutates=[0]
+)
+
+
+# ---------------------------------------------------------------------------------------------- autograd
+class BlendFunction(torch.autograd.Function):
+    """``outs = BlendFunction.apply(n, alpha, alpha_tensor, scale, scale_tensor, weights, *targets, *sources)``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        n: int,
+        alpha: Sequence[float],
+        alpha_tensor: Tensor | None,
+        scale: Sequence[float],
+        scale_tensor: Tensor | None,
+        weights: Sequence[float],
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """The blended tensors, one per target."""
+        ctx.constants = n, alpha, scale, weights
+        ctx.dtypes = [t.dtype for t in tensors]
+        # The operands themselves matter only for the gradient of a coefficient.
+        learned = any(t is not None and t.requires_grad for t in (alpha_tensor, scale_tensor))
+        ctx.learned = learned
+        ctx.save_for_backward(alpha_tensor, scale_tensor, *(tensors if learned else ()))
+        ctx.set_materialize_grads(False)
+        return tuple(blend_op(tensors[:n], tensors[n:], alpha, alpha_tensor, scale, scale_tensor, weights))
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> Any:
+        """By torch's own operations, so differentiable again."""
+        n, alpha, scale, weights = ctx.constants
+        alpha_tensor, scale_tensor, *tensors = ctx.saved_tensors
+        needs = ctx.needs_input_grad[6:]
+        k = len(weights)
+        grads: list[Tensor | None] = [None] * (n + n * k)
+        on_alpha: list[Any] = [0.0] * n
+        on_scale: list[Any] = [0.0] * n
+        for i, g in enumerate(upstream):
+            if g is None:
+                continue
+            a, b = _value(alpha, alpha_tensor, i), _value(scale, scale_tensor, i)
+            wide = g.to(torch.float64 if g.dtype == torch.float64 else torch.float32)
+            if needs[i]:
+                grads[i] = (wide * a).to(ctx.dtypes[i])
+            for j, w in enumerate(weights):
+                at = n + i * k + j
+                if needs[at]:
+                    grads[at] = (wide * ((1 - a if b is None else b) * w)).to(ctx.dtypes[at])
+            if ctx.learned:
+                target = tensors[i].to(wide.dtype)
+                source = sum(w * tensors[n + i * k + j].to(wide.dtype) for j, w in enumerate(weights))
+                on_alpha[i] = (wide * (target - source if b is None else target)).sum()
+                on_scale[i] = (wide * source).sum()
+        return (
+            None,
+            None,
+            _stacked(on_alpha, alpha_tensor) if ctx.needs_input_grad[2] else None,
+            None,
+            _stacked(on_scale, scale_tensor) if ctx.needs_input_grad[4] else None,
+            None,
+            *grads,
+        )
+
+
+def _stacked(values: Sequence[Any], like: Tensor) -> Tensor:
+    return torch.stack(
+        [torch.as_tensor(v, dtype=like.dtype, device=like.device).to(like.dtype) for v in values]
+    )
