@@ -16,6 +16,11 @@ settings.register_profile("fasttransfer", deadline=None, derandomize=True, print
 settings.load_profile("fasttransfer")
 
 
+# Tests are small: one thread unless a test asks for `threads`. On a busy machine of two cores, threads that wait for
+# each other make the suite ten times slower.
+torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
