@@ -36,15 +36,20 @@ def units(quick: bool) -> int:
     return len(table()) + len(folds(quick))
 
 
-def run(quick: bool, advance: Step, say: Step = lambda _: None) -> dict[str, Any]:
-    """Measure every case; `advance` hears of a finished case, `say` of what is going on inside one."""
+def run(
+    quick: bool, advance: Step, say: Step = lambda _: None, seconds: float = float("inf")
+) -> dict[str, Any]:
+    """Measure every case; `advance` hears of a finished case, `say` of what is going on inside one.
+
+    `seconds` is the time that the rounds of one case may take.
+    """
     quieten_inductor()
     rounds = ROUNDS["quick" if quick else "full"]
     results: dict[str, Any] = {"environment": environment(), "quick": quick, "cases": [], "folds": []}
     for where, builders in (("cases", table()), ("folds", folds(quick))):
         for builder in builders:
             say(f"{builder.title}: making tensors")
-            results[where].append(measure(builder.build(not quick), rounds, say))
+            results[where].append(measure(builder.build(not quick), rounds, seconds, say))
             torch._dynamo.reset()  # compile once per case: nothing is carried over to the next
             advance(builder.title)
     return results
@@ -172,7 +177,10 @@ def losses_and_ties(results: dict[str, Any]) -> str:
             times = speedup(case, rival) if rival != OURS else None
             if times is not None and times < 1.05:
                 (tied if times >= 0.95 else lost).append(f"{case['title']} to {rival} ({times:.2f}x)")
-    lines = [f"Loses: {'; '.join(lost)}." if lost else "Loses to none of them."]
+    untimed = [case["title"] for case in results["cases"] if "median_s" not in case["providers"][OURS]]
+    lines = [f"Loses: {'; '.join(lost)}." if lost else "Loses nowhere else." if untimed else "Loses nowhere."]
+    if untimed:
+        lines.insert(0, f"Has no time of its own, because it is wrong or did not run: {'; '.join(untimed)}.")
     if tied:
         lines.append(f"Ties (within 5%): {'; '.join(tied)}.".replace(" to ", " with "))
     return "\n".join(lines)
@@ -180,8 +188,10 @@ def losses_and_ties(results: dict[str, Any]) -> str:
 
 def notes(results: dict[str, Any]) -> str:
     """How to read the table, with what did not run."""
+    counts = sorted({case["rounds"] for case in results["cases"]})
+    rounds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     lines = [
-        f"Medians of {results['cases'][0]['rounds']} interleaved rounds; ±: half the interquartile range; "
+        f"Medians of {rounds} interleaved rounds; ±: half the interquartile range; "
         "error: relative, to float64.",
         "naive: benchmarks/naive.py; compile: torch.compile of it, default inductor, static shapes.",
         "roof: share of the GB/s of torch.add(a, b) (kd) or a.lerp_(b, w) (others) in the same rounds.",
@@ -239,7 +249,7 @@ def main(arguments: list[str] | None = None) -> int:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
     wrong = failures(results)
     for line in wrong:
-        console.print(f"WRONG: {line}", style="bold red", highlight=False)
+        console.print(Text(f"WRONG: {line}", style="bold red"))
     return 1 if wrong else 0
 
 

@@ -13,6 +13,7 @@ timed as one more provider in the same rounds: its GB/s is what this machine giv
 from __future__ import annotations
 
 import gc
+import math
 import os
 import platform
 import random
@@ -29,6 +30,7 @@ from torch import Tensor
 from benchmarks.oracle import relative_error
 
 WARM_UPS = 3
+FEWEST_ROUNDS = 8  # taken whatever the time limit says
 # A wrong formula is off by far more, float32 rounding in eager torch by less. The accuracy that fasttransfer
 # promises is tighter and is the business of the tests; the error itself is in the results.
 TOLERANCE = 1e-5
@@ -74,18 +76,31 @@ def verdict(case: Case, provider: Provider) -> dict[str, Any]:
         return {"ok": False, "ran": False, "error": None, "note": note}
     ok = error <= TOLERANCE
     note = "" if ok else f"relative error {error:.1e} against float64 is above {TOLERANCE:.0e}"
-    return {"ok": ok, "ran": True, "error": error, "note": note, "first_call_s": first_call}
+    if not math.isfinite(error):
+        note = "not the right shape, or NaN, or infinite"
+    return {
+        "ok": ok,
+        "ran": True,
+        "error": error if math.isfinite(error) else None,
+        "note": note,
+        "first_call_s": first_call,
+    }
 
 
-def measure(case: Case, rounds: int, step: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
-    """Verdicts, then interleaved times of one case, as a dict for JSON. `step` hears what happens next."""
+def measure(
+    case: Case, rounds: int, seconds: float = float("inf"), step: Callable[[str], None] = lambda _: None
+) -> dict[str, Any]:
+    """Verdicts, then interleaved times of one case, as a dict for JSON; `step` hears what happens next.
+
+    On a slow or busy machine the timing ends before `rounds` are through, when `seconds` are over.
+    """
     results: dict[str, dict[str, Any]] = {}
     for provider in case.providers:
         step(f"{case.title}: {provider.name} against float64")
         results[provider.name] = verdict(case, provider)
     racing = [p for p in case.providers if results[p.name]["ok"]] + [case.roofline]
     step(f"{case.title}: timing")
-    samples = interleave(racing, rounds, case.calls_per_round)
+    samples = interleave(racing, rounds, case.calls_per_round, seconds)
     for name, times in samples.items():
         results.setdefault(name, {}).update(summary(times))
     roofline = results.pop(case.roofline.name)
@@ -101,15 +116,18 @@ def measure(case: Case, rounds: int, step: Callable[[str], None] = lambda _: Non
         "title": case.title,
         "operation": case.operation,
         "floor_bytes": case.floor_bytes,
-        "rounds": rounds,
+        "rounds": len(samples[case.roofline.name]) // case.calls_per_round,
         "calls_per_round": case.calls_per_round,
         "providers": results,
         "roofline": roofline,
     }
 
 
-def interleave(providers: Sequence[Provider], rounds: int, calls_per_round: int) -> dict[str, list[float]]:
+def interleave(
+    providers: Sequence[Provider], rounds: int, calls_per_round: int, seconds: float
+) -> dict[str, list[float]]:
     """Seconds of every call of every provider, after the warm-up rounds."""
+    deadline = time.monotonic() + seconds
     samples: dict[str, list[float]] = {p.name: [] for p in providers}
     shuffled = random.Random(0)
     order = list(providers)
@@ -117,6 +135,8 @@ def interleave(providers: Sequence[Provider], rounds: int, calls_per_round: int)
     gc.disable()  # as timeit does: a collection would be charged to whoever is being timed
     try:
         for round_number in range(WARM_UPS + rounds):
+            if round_number >= WARM_UPS + FEWEST_ROUNDS and time.monotonic() > deadline:
+                break
             shuffled.shuffle(order)
             for provider in order:
                 for _ in range(calls_per_round):

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import RenderableType
+from rich.console import Console, RenderableType
 from rich.progress import Progress
+from rich.text import Text
 
 from benchmarks.display import console_of_width, one_progress
 
@@ -67,10 +68,10 @@ def run_alone(part: Part, arguments: list[str] | None = None) -> int:
     return report(outcome, console)
 
 
-def report(outcome: Outcome, console: Any) -> int:
+def report(outcome: Outcome, console: Console) -> int:
     """Print the tables of a part and what misbehaved in it; 1 if anything did."""
     for table in outcome.tables:
         console.print(table)
     for line in outcome.failures:
-        console.print(f"FAILED: {line}", style="bold red", highlight=False)
+        console.print(Text(f"FAILED: {line}", style="bold red"))
     return 1 if outcome.failures else 0
