@@ -58,9 +58,9 @@ def test_upstream_number(backend, batch, upstream, dtype):
 
 @pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
 def test_upstream_per_row(backend, batch, dtype):
-    s, t, labels = batch
+    s, t, _ = batch
     s, t = s.to(dtype), t.to(dtype)
-    upstream = torch.tensor([1.0, 5.0, -2.0, 0.0])
+    upstream = torch.tensor([1.0, 4.0, -2.0, 0.0])  # exact factors: 16 bits are rounded once
     _, exact = oracle.kd(s, t, temperature=2.0, reduction="none")
     leaf = s.clone().requires_grad_()
     kd_loss(leaf, t, temperature=2.0, reduction="none").backward(upstream)
@@ -193,7 +193,7 @@ def test_jacobian(backend, batch):
     _, exact = oracle.kd(s, t, reduction="none")
     for i in range(4):
         oracle.assert_norm_close(jacobian[i, i], exact[i])
-        assert jacobian[i].abs().sum() == jacobian[i, i].abs().sum()
+        assert jacobian[i].count_nonzero() == jacobian[i, i].count_nonzero()
 
 
 def test_forward_mode_is_refused(backend, batch):
