@@ -97,7 +97,10 @@ FT_HD const F* stage(const S* p, int64_t stride, int64_t n, F* buffer, F* max) {
       }
     }
     if (i < n) {
-      const Vec<F> x = load_partial<F, S>(p + i, n - i, p[n - 1]);
+      // The last vector again, or for the first time: a maximum does not mind, a conversion writes the same.
+      const bool whole = n >= L;
+      if (whole) i = n - L;
+      const Vec<F> x = whole ? Memory<F, S>::load(p + i) : load_partial<F, S>(p + i, n - i, p[n - 1]);
       m = vmax(x, m);
       if constexpr (!__is_same(F, S)) Memory<F, F>::store(buffer + i, x);
     }
@@ -106,91 +109,123 @@ FT_HD const F* stage(const S* p, int64_t stride, int64_t n, F* buffer, F* max) {
   return block;
 }
 
+// Where the block after this one lies. The sweep is bound by arithmetic and the staging before it by memory; fetching
+// the next block during the sweep lets the two overlap.
+struct NextBlock {
+  const char* data;
+  int64_t bytes;  // per column
+  FT_HD const void* at(int64_t i) const { return data + i * bytes; }
+};
+
+template <class S>
+FT_HD NextBlock next_block(const S* block, int64_t stride) {
+  return {reinterpret_cast<const char*>(block + kKdBlock * stride), int64_t(sizeof(S)) * stride};
+}
+
 template <class F>
 struct SweepSums {
   Vec<F> exp_s{}, exp_t{}, exp_1{}, gap{}, cross{}, shift_s{}, shift_t{};
 };
 
-// The contribution of one vector of columns. kHot: the label term needs the student at T = 1 as well.
-template <class F, class Policy, bool kTeacher, bool kHot, bool kSave>
+// The contribution of one vector of columns: of all lanes, or of those in `mask`. kHot: the label term needs the
+// student at T = 1 as well.
+template <class F, class Policy, bool kTeacher, bool kHot, bool kSave, bool kMasked>
 FT_HD void sweep_vector(Vec<F> s, Vec<F> t, F ref_s, F ref_t, ExpScale<F> scale, ExpScale<F> scale_1,
-                        SweepSums<F>& sum, F* exp_s, F* exp_t, F* exp_1) {
+                        typename Simd<F>::I mask, SweepSums<F>& sum, F* exp_s, F* exp_t, F* exp_1) {
+  const auto counted = [mask](Vec<F> x)
+                           __attribute__((always_inline)) { return kMasked ? (mask ? x : Vec<F>{}) : x; };
   const Vec<F> ds = s - ref_s;
   const Vec<F> es = exp_scaled<F>(ds, scale);
-  sum.exp_s += es;
-  sum.shift_s += ds;
+  sum.exp_s += counted(es);
+  sum.shift_s += counted(ds);
   if constexpr (kSave) Memory<F, F>::store(exp_s, es);
   if constexpr (kTeacher) {
     const Vec<F> dt = t - ref_t;
     const Vec<F> et = exp_scaled<F>(dt, scale);
     const Vec<F> weight = Policy::weight(es, et);
-    sum.exp_t += et;
-    sum.gap += es - et;
-    sum.shift_t += dt;
+    sum.exp_t += counted(et);
+    sum.gap += counted(es - et);
+    sum.shift_t += counted(dt);
     // No mass times an infinite difference is nothing.
-    sum.cross += weight == F(0) ? Vec<F>{} : weight * (dt - ds);
+    sum.cross += counted(weight == F(0) ? Vec<F>{} : weight * (dt - ds));
     if constexpr (kSave) Memory<F, F>::store(exp_t, et);
   }
   if constexpr (kHot) {
     const Vec<F> e1 = exp_scaled<F>(ds, scale_1);
-    sum.exp_1 += e1;
+    sum.exp_1 += counted(e1);
     if constexpr (kSave) Memory<F, F>::store(exp_1, e1);
   }
 }
 
+// The sums of a sweep in double.
+template <class F>
+struct SweepTotals {
+  DoubleSum<F> exp_s, exp_t, exp_1, gap, cross, shift_s, shift_t;
+
+  template <bool kTeacher, bool kHot>
+  FT_HD void add(const SweepSums<F>& sum) {
+    exp_s.add(sum.exp_s);
+    shift_s.add(sum.shift_s);
+    if constexpr (kTeacher) {
+      exp_t.add(sum.exp_t);
+      gap.add(sum.gap);
+      cross.add(sum.cross);
+      shift_t.add(sum.shift_t);
+    }
+    if constexpr (kHot) exp_1.add(sum.exp_1);
+  }
+};
+
 template <class F, class Policy, bool kTeacher, bool kHot, bool kSave>
 FT_HD RowStat<double> sweep(const F* s, const F* t, int64_t n, F max_s, F max_t, ExpScale<F> scale,
-                            ExpScale<F> scale_1, F* exp_s, F* exp_t, F* exp_1) {
+                            ExpScale<F> scale_1, NextBlock next_s, NextBlock next_t, F* exp_s, F* exp_t, F* exp_1) {
   constexpr int L = kLanes<F>;
   const F ref_s = reference(max_s), ref_t = reference(max_t);
   // Sums run in fp32 over kFlush vectors, then in double.
-  constexpr int kFlush = 8;
-  DoubleSum<F> exp_s_sum, exp_t_sum, exp_1_sum, gap_sum, cross_sum, shift_s_sum, shift_t_sum;
+  constexpr int kFlush = 16;
+  SweepTotals<F> totals;
+  const auto column = [&](int64_t i, SweepSums<F>& sum) __attribute__((always_inline)) {
+    sweep_vector<F, Policy, kTeacher, kHot, kSave, false>(
+        Memory<F, F>::load(s + i), kTeacher ? Memory<F, F>::load(t + i) : Vec<F>{}, ref_s, ref_t, scale, scale_1,
+        typename Simd<F>::I{}, sum, exp_s + i, exp_t + i, exp_1 + i);
+  };
   int64_t i = 0;
   while (i + L <= n) {
     SweepSums<F> sum;
     const int64_t stop = i + kFlush * L < n - L + 1 ? i + kFlush * L : n - L + 1;
     for (; i < stop; i += L) {
-      sweep_vector<F, Policy, kTeacher, kHot, kSave>(Memory<F, F>::load(s + i),
-                                                     kTeacher ? Memory<F, F>::load(t + i) : Vec<F>{}, ref_s, ref_t,
-                                                     scale, scale_1, sum, exp_s + i, exp_t + i, exp_1 + i);
+      prefetch(next_s.at(i));
+      if constexpr (kTeacher) prefetch(next_t.at(i));
+      column(i, sum);
     }
-    exp_s_sum.add(sum.exp_s);
-    shift_s_sum.add(sum.shift_s);
-    if constexpr (kTeacher) {
-      exp_t_sum.add(sum.exp_t);
-      gap_sum.add(sum.gap);
-      cross_sum.add(sum.cross);
-      shift_t_sum.add(sum.shift_t);
-    }
-    if constexpr (kHot) exp_1_sum.add(sum.exp_1);
+    totals.template add<kTeacher, kHot>(sum);
   }
   if (i < n) {
-    // The missing lanes are -inf: no mass. Only the shift sums would see them, so those are taken apart.
+    // The last vector, of which only the lanes from i on are new; or a row shorter than a vector, filled up by -inf.
+    const bool whole = n >= L;
+    const int64_t at = whole ? n - L : 0;
+    const auto load = [&](const F* p) __attribute__((always_inline)) {
+      return whole ? Memory<F, F>::load(p + at) : load_partial<F, F>(p, n, neg_inf<F>());
+    };
+    const auto mask = whole ? last_lanes<F>(n - i) : ~last_lanes<F>(L - n);
     SweepSums<F> sum;
-    sweep_vector<F, Policy, kTeacher, kHot, kSave>(
-        load_partial<F, F>(s + i, n - i, neg_inf<F>()),
-        kTeacher ? load_partial<F, F>(t + i, n - i, neg_inf<F>()) : Vec<F>{}, ref_s, ref_t, scale, scale_1, sum,
-        exp_s + i, exp_t + i, exp_1 + i);
-    exp_s_sum.add(sum.exp_s);
-    exp_t_sum.add(sum.exp_t);
-    exp_1_sum.add(sum.exp_1);
-    gap_sum.add(sum.gap);
-    cross_sum.add(sum.cross);
-    shift_s_sum.add(load_partial<F, F>(s + i, n - i, ref_s) - ref_s);
-    if constexpr (kTeacher) shift_t_sum.add(load_partial<F, F>(t + i, n - i, ref_t) - ref_t);
+    sweep_vector<F, Policy, kTeacher, kHot, kSave, true>(load(s), kTeacher ? load(t) : Vec<F>{}, ref_s, ref_t, scale,
+                                                         scale_1, mask, sum, exp_s + at, exp_t + at, exp_1 + at);
+    totals.template add<kTeacher, kHot>(sum);
   }
   RowStat<double> stat = empty_stat<double>();
   stat.max_s = max_s;
   stat.max_t = max_t;
-  stat.exp_s = exp_s_sum.total();
-  stat.exp_t = exp_t_sum.total();
-  stat.exp_1 = exp_1_sum.total();
-  stat.gap = gap_sum.total();
-  stat.cross = cross_sum.total();
-  stat.shift_s = shift_s_sum.total();
-  stat.shift_t = shift_t_sum.total();
+  stat.exp_s = totals.exp_s.total();
+  stat.shift_s = totals.shift_s.total();
   stat.count = double(n);
+  if constexpr (kTeacher) {
+    stat.exp_t = totals.exp_t.total();
+    stat.gap = totals.gap.total();
+    stat.cross = totals.cross.total();
+    stat.shift_t = totals.shift_t.total();
+  }
+  if constexpr (kHot) stat.exp_1 = totals.exp_1.total();
   return stat;
 }
 
@@ -225,15 +260,18 @@ FT_HD void grad_block(const GradFactors<F>& f, const F* exp_s, const F* exp_t, c
   }
   int64_t i = 0;
   if constexpr (__is_same(S, float) && __is_same(F, float)) {
-    if (streaming) {
-      const int64_t head = (-reinterpret_cast<intptr_t>(out) & (kVectorBytes - 1)) / int64_t(sizeof(float));
-      i = head < n ? head : n;
-      if (i > 0) store_partial<F, S>(out, i, value(0));
+    if (streaming && n >= L) {
+      Memory<F, S>::store(out, value(0));
+      i = (-reinterpret_cast<intptr_t>(out) & (kVectorBytes - 1)) / int64_t(sizeof(float));
       for (; i + L <= n; i += L) stream(out + i, value(i));
     }
   }
   for (; i + L <= n; i += L) Memory<F, S>::store(out + i, value(i));
-  if (i < n) store_partial<F, S>(out + i, n - i, value(i));
+  if (i < n && n >= L) {
+    Memory<F, S>::store(out + n - L, value(n - L));  // some of it again, the same
+  } else if (i < n) {
+    store_partial<F, S>(out, n, value(0));
+  }
 }
 
 FT_HD double quiet_nan() { return __builtin_nan(""); }
@@ -312,13 +350,16 @@ KdRowLoss kd_row_as(const KdCall& call, const KdRow& row, void* memory) {
     const int64_t n = columns - begin < kKdBlock ? columns - begin : kKdBlock;
     F block_s, block_t = neg_inf<F>();
     const F* t = nullptr;
+    NextBlock next_s, next_t{};
     const F* s = with_dtype(call.student, [&](auto tag) __attribute__((always_inline)) {
       const auto* p = static_cast<const decltype(tag)*>(row.student) + begin * call.student_stride;
+      next_s = next_block(p, call.student_stride);
       return stage(p, call.student_stride, n, scratch.staged_s, &block_s);
     });
     if constexpr (kTeacher) {
       t = with_dtype(call.teacher, [&](auto tag) __attribute__((always_inline)) {
         const auto* p = static_cast<const decltype(tag)*>(row.teacher) + begin * call.teacher_stride;
+        next_t = next_block(p, call.teacher_stride);
         return stage(p, call.teacher_stride, n, scratch.staged_t, &block_t);
       });
     }
@@ -327,11 +368,10 @@ KdRowLoss kd_row_as(const KdCall& call, const KdRow& row, void* memory) {
     max_t = block_t > max_t ? block_t : max_t;
     scratch.ref_s[k] = reference(max_s);
     scratch.ref_t[k] = reference(max_t);
-    stat = combine<Policy>(
-        stat,
-        sweep<F, Policy, kTeacher, kHot, kSave>(s, t, n, max_s, max_t, scale, scale_1, scratch.exp_s + begin,
-                                                scratch.exp_t + begin, scratch.exp_1 + begin),
-        inv_t);
+    const RowStat<double> block =
+        sweep<F, Policy, kTeacher, kHot, kSave>(s, t, n, max_s, max_t, scale, scale_1, next_s, next_t,
+                                                scratch.exp_s + begin, scratch.exp_t + begin, scratch.exp_1 + begin);
+    stat = k == 0 ? block : combine<Policy>(stat, block, inv_t);
   }
   if (!kHot) stat.exp_1 = stat.exp_s;
 

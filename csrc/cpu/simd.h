@@ -33,7 +33,8 @@ template <>
 struct Simd<float> {
   static constexpr int kLanes = kVectorBytes / 4;
   typedef float V __attribute__((vector_size(kVectorBytes)));
-  typedef int32_t I __attribute__((vector_size(kVectorBytes)));
+  using Lane = int32_t;
+  typedef Lane I __attribute__((vector_size(kVectorBytes)));
   typedef uint32_t U __attribute__((vector_size(kVectorBytes)));
   typedef uint16_t Half16 __attribute__((vector_size(kVectorBytes / 2)));
 };
@@ -42,7 +43,8 @@ template <>
 struct Simd<double> {
   static constexpr int kLanes = kVectorBytes / 8;
   typedef double V __attribute__((vector_size(kVectorBytes)));
-  typedef int64_t I __attribute__((vector_size(kVectorBytes)));
+  using Lane = int64_t;
+  typedef Lane I __attribute__((vector_size(kVectorBytes)));
   typedef float Float __attribute__((vector_size(kVectorBytes / 2)));
 };
 
@@ -85,9 +87,12 @@ struct DoubleSum<double> {
   Vec<double> sum{};
   FT_HD void add(Vec<double> x) { sum += x; }
   FT_HD double total() const {
-    double t = 0;
-    for (int i = 0; i < kLanes<double>; ++i) t += sum[i];
-    return t;
+    double even = sum[0], odd = sum[1];
+    for (int i = 2; i < kLanes<double>; i += 2) {
+      even += sum[i];
+      odd += sum[i + 1];
+    }
+    return even + odd;
   }
 };
 
@@ -95,14 +100,23 @@ template <>
 struct DoubleSum<float> {
   DoubleSum<double> low, high;
   FT_HD void add(Vec<float> x) {
+#if defined(__AVX512F__)
+    // Spelled out: GCC 12 converts the halves by quarters.
+    low.sum += _mm512_maskz_cvtps_pd(0xff, _mm512_castps512_ps256(x));
+    high.sum += _mm512_maskz_cvtps_pd(0xff, _mm512_maskz_extractf32x8_ps(0xff, x, 1));
+#elif defined(__AVX2__)
+    low.sum += _mm256_cvtps_pd(_mm256_castps256_ps128(x));
+    high.sum += _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1));
+#else
     struct Halves {
       Simd<double>::Float low, high;
     };
     const Halves h = bits<Halves>(x);
     low.add(__builtin_convertvector(h.low, Vec<double>));
     high.add(__builtin_convertvector(h.high, Vec<double>));
+#endif
   }
-  FT_HD double total() const { return low.total() + high.total(); }
+  FT_HD double total() const { return DoubleSum<double>{low.sum + high.sum}.total(); }
 };
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -316,12 +330,13 @@ struct Memory<double, BFloat16> : Memory16AsDouble<BFloat16> {};
 template <>
 struct Memory<double, Half> : Memory16AsDouble<Half> {};
 
-// The last n < kLanes values of a run; the other lanes hold `fill` (given in S, so that it is converted alike).
+// The last n < kLanes values of a run; the other lanes hold `fill` (given in S, so that it is converted alike). By
+// loops: a memcpy of unknown length becomes `rep movs`, which takes longer to start than the copy.
 template <class F, class S>
 FT_HD Vec<F> load_partial(const S* p, int64_t n, S fill) {
   S padded[kLanes<F>];
   for (int i = 0; i < kLanes<F>; ++i) padded[i] = fill;
-  std::memcpy(padded, p, sizeof(S) * n);
+  for (int i = 0; i < n; ++i) padded[i] = p[i];
   return Memory<F, S>::load(padded);
 }
 
@@ -329,8 +344,19 @@ template <class F, class S>
 FT_HD void store_partial(S* p, int64_t n, Vec<F> x) {
   S padded[kLanes<F>];
   Memory<F, S>::store(padded, x);
-  std::memcpy(p, padded, sizeof(S) * n);
+  for (int i = 0; i < n; ++i) p[i] = padded[i];
 }
+
+// All ones in the last n lanes.
+template <class F>
+FT_HD typename Simd<F>::I last_lanes(int64_t n) {
+  typename Simd<F>::I lane{};
+  for (int i = 0; i < kLanes<F>; ++i) lane[i] = i;
+  return lane >= (typename Simd<F>::I{} + typename Simd<F>::Lane(kLanes<F> - n));
+}
+
+// Bring the cache line of p into L2; any address will do.
+FT_HD void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // A store that does not read the cache line first; p is aligned to the vector. fence() before others read it.
 FT_HD void stream(float* p, Vec<float> x) {
