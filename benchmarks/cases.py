@@ -70,7 +70,7 @@ def backward_of(loss_function: Callable[[Tensor], Tensor]) -> Callable[[Tensor],
 
 def calls_for(numbers: int) -> int:
     """Calls per round: many where a call takes microseconds, and what is measured is the cost of calling."""
-    return 50 if numbers < 10_000 else 1
+    return 20 if numbers < 10_000 else 1
 
 
 def add_roofline(a: Tensor, b: Tensor) -> tuple[Provider, int]:

@@ -11,6 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+from matplotlib.patches import Patch
 
 from benchmarks.cases import COMPILED, FOREACH, NAIVE, OURS
 
@@ -73,7 +74,7 @@ def plot_speed(results: dict[str, Any], directory: Path) -> Path:
         speedups.set_yticks(range(len(cases)), [case["title"] for case in cases])
         speedups.set_ylim(len(cases) - 0.4, -0.6)
         speedups.set_title("Times faster than ... (the red line is a tie)", loc="left")
-        handles = [plt.Rectangle((0, 0), 1, 1, color=CONTENDERS[name][0]) for name in rivals]
+        handles = [Patch(color=CONTENDERS[name][0]) for name in rivals]
         names = [CONTENDERS[name][1] for name in rivals]
         speedups.legend(
             handles, names, loc="upper left", bbox_to_anchor=(-0.02, -0.05), ncols=3, columnspacing=1.5

@@ -171,7 +171,8 @@ def fold_table(results: dict[str, Any]) -> Table:
 
 def losses_and_ties(results: dict[str, Any]) -> str:
     """The rows that a reader should not have to look for: where a rival is as fast as ours, or faster."""
-    lost, tied = [], []
+    lost: list[str] = []
+    tied: list[str] = []
     for case in results["cases"]:
         for rival in case["providers"]:
             times = speedup(case, rival) if rival != OURS else None

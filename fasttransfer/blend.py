@@ -93,7 +93,8 @@ def blend_(
     plan = _Plan(
         target, [source], alpha, source_scale, transform, None, check_choice("buffers", buffers, _BUFFERS)
     )
-    plan.blend_()
+    with torch.no_grad():
+        plan.blend_()
     return target
 
 
@@ -139,7 +140,8 @@ def blend_many_(
         TypeError, ValueError: As ``blend_`` and ``blend_many``.
     """
     plan = _Plan(target, sources, alpha, None, None, weights, check_choice("buffers", buffers, _BUFFERS))
-    plan.blend_()
+    with torch.no_grad():
+        plan.blend_()
     return target
 
 
@@ -206,9 +208,8 @@ class _Plan:
             return list(BlendFunction.apply(len(self.targets), *args, *inputs))
         return list(blend_op(self.targets, inputs[len(self.targets) :], *args))
 
-    @torch.no_grad()
     def blend_(self) -> None:
-        """Overwrite the targets."""
+        """Overwrite the targets. Under torch.no_grad, which the caller enters: dynamo cannot bind a decorated method."""
         kept = list(range(len(self.targets)))
         if not torch.compiler.is_compiling():
             kept = _written_once(self.names, self.targets, self.rows)
