@@ -196,6 +196,7 @@ def test_jacobian(backend, batch):
         assert jacobian[i].count_nonzero() == jacobian[i, i].count_nonzero()
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, on the first use of jvp
 def test_forward_mode_is_refused(backend, batch):
     """No tangent of 0 without a word."""
     s, t, _ = batch
