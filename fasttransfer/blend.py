@@ -209,7 +209,7 @@ class _Plan:
         return list(blend_op(self.targets, inputs[len(self.targets) :], *args))
 
     def blend_(self) -> None:
-        """Overwrite the targets. Under torch.no_grad, which the caller enters: dynamo cannot bind a decorated method."""
+        """Overwrite the targets. The caller enters torch.no_grad: dynamo cannot bind a decorated method here."""
         kept = list(range(len(self.targets)))
         if not torch.compiler.is_compiling():
             kept = _written_once(self.names, self.targets, self.rows)

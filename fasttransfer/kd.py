@@ -127,7 +127,7 @@ def kd_loss(
         scale_by_t2: Multiply the distillation term, and so its gradient, by ``T^2``.
         inplace: Overwrite ``student_logits`` with its gradient instead of allocating one. Only where a gradient is
             recorded, for a non-leaf tensor or a view of the whole of one. Using the logits again in the graph is an
-            error in backward.
+            error in backward. Under ``torch.compile`` it says nothing: the compiler plans the memory.
 
     Returns:
         A float32 tensor (float64 if either input is): a scalar, or ``[...]`` for ``reduction="none"``. If no row is
@@ -258,7 +258,8 @@ def _kd(
         )
     if not (recording and student.requires_grad) and not forward_mode():
         return kd_op(student, teacher, *args, False)[0]
-    if options.inplace and student.requires_grad:
+    # Under torch.compile the compiler plans the memory: an op that mutates would only be made functional again.
+    if options.inplace and student.requires_grad and not torch.compiler.is_compiling():
         memory = _check_inplace(student, teacher)
         return KDInplaceFunction.apply(memory, student.shape, teacher, *args)[0]
     return KDFunction.apply(student, teacher, *args)
@@ -415,8 +416,6 @@ def _check_inplace(student: Tensor, teacher: Tensor) -> Tensor:
         raise ValueError(
             "inplace=True cannot overwrite student_logits: its elements overlap in memory (expanded?)"
         )
-    if torch.compiler.is_compiling() or student.numel() == 0:
-        return memory
-    if student.untyped_storage().data_ptr() == teacher.untyped_storage().data_ptr():
+    if student.numel() and student.untyped_storage().data_ptr() == teacher.untyped_storage().data_ptr():
         raise ValueError("inplace=True cannot overwrite student_logits: teacher_logits shares its memory")
     return memory
