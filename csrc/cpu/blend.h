@@ -42,6 +42,8 @@ void blend_run_as(const BlendRun& run) {
       F* to = j + 1 < run.count ? sum_buffer.values : out;
       const F coef = F(run.terms[j].coef);
       for_each_vector<F>(n, [&](int64_t i, auto mem) __attribute__((always_inline)) {
+        prefetch(base + i + kAhead<F>);
+        prefetch(x + i + kAhead<F>);
         const Vec<F> b = mem.load(base + i);
         mem.store(to + i, term<F, kConvex>(mem.load(x + i), b, coef) + (sum ? mem.load(sum + i) : b * base_coef));
       });

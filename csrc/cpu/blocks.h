@@ -9,6 +9,11 @@ namespace {
 
 constexpr int64_t kBlock = 1024;  // elements
 
+// How far ahead a memory-bound loop fetches, in elements. The hardware's prefetcher stops at each 4 KB page, which is
+// every block of each operand.
+template <class F>
+constexpr int64_t kAhead = 2048 / int64_t(sizeof(F));
+
 template <class F>
 struct alignas(64) Buffer {
   F values[kBlock];

@@ -18,6 +18,9 @@ FT_HD double l2sp_block(const F* p, const F* p0, const F* grad_in, F* grad, F fa
   Vec<F> sum{};
   int pending = 0;
   for_each_vector<F>(n, [&](int64_t i, auto mem) __attribute__((always_inline)) {
+    prefetch(p + i + kAhead<F>);
+    if constexpr (kStart) prefetch(p0 + i + kAhead<F>);
+    if constexpr (kAccumulate) prefetch(grad_in + i + kAhead<F>);
     Vec<F> d = mem.load(p + i);
     if constexpr (kStart) d -= mem.load(p0 + i);
     sum += d * d;
