@@ -6,13 +6,19 @@ import os
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 import fasttransfer
 from tests.backends import BACKENDS, LATER, default_backend, running, why_not
 
-# The same examples in every run, and no deadline: a shared CI machine may stall for a second.
-settings.register_profile("fasttransfer", deadline=None, derandomize=True, print_blob=True)
+# The same examples in every run, and no deadline: a shared CI machine may stall for a second. All examples of a test
+# run on its one `backend`, as they should.
+settings.register_profile(
+    "fasttransfer",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 settings.load_profile("fasttransfer")
 
 

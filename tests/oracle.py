@@ -6,6 +6,7 @@ Nothing of the package is used here. Everything is a loop over rows: slow and pl
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -123,8 +124,8 @@ def kd(
     """The loss, and the gradient of its sum for the student's logits, both float64."""
     leading, width = student.shape[:-1], student.shape[-1]
     columns = width if vocab_size is None else vocab_size
-    s_rows = student.detach().double().reshape(leading.numel(), -1)
-    t_rows = teacher.detach().double().reshape(leading.numel(), -1)
+    s_rows = student.detach().double().reshape(leading.numel(), width)
+    t_rows = teacher.detach().double().reshape(leading.numel(), teacher.shape[-1])
     rows = len(s_rows)
 
     def per_row(value: float | Tensor) -> list[float]:
@@ -168,3 +169,41 @@ def kd(
             grad[i, :columns] += share * weights[i] / ce_divisor * g
     loss = losses.reshape(leading) if reduction == "none" else losses.sum()
     return loss, grad.reshape(student.shape)
+
+
+# ------------------------------------------------------------------------------------------------ l2sp and blend
+
+
+def roundoff(result: Tensor) -> float:
+    """Of the arithmetic behind a result: that of fp32, or of fp64 for an fp64 result."""
+    return TOLERANCES[torch.float64 if result.dtype == torch.float64 else torch.float32].roundoff
+
+
+def l2sp(params: Sequence[Tensor], start: Sequence[Tensor | None], strength: float) -> Tensor:
+    """The penalty, float64. None as a start point is 0."""
+    value = torch.zeros((), dtype=torch.float64)
+    for p, p0 in zip(params, start, strict=True):
+        value += strength * (p.detach().double() - (0 if p0 is None else p0.detach().double())).square().sum()
+    return value
+
+
+def l2sp_grad(p: Tensor, p0: Tensor | None, factor: float, before: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``before + factor (p - p0)`` in float64, and how far a result may lie from it before it is rounded."""
+    added = factor * (p.detach().double() - (0 if p0 is None else p0.detach().double()))
+    before = torch.zeros_like(added) if before is None else before.double()
+    # Roundings: the difference, the factor, the product, the sum.
+    return before + added, 4 * roundoff(p) * (added.abs() + before.abs())
+
+
+def blend(
+    target: Tensor, sources: Sequence[Tensor], alpha: float, scale: float | None, weights: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """``alpha target + scale sum_i w_i source_i`` in float64 (scale None: 1 - alpha), and how far a result may lie
+    from it before it is rounded."""
+    scale = 1 - alpha if scale is None else scale
+    terms = [target.detach().double(), *(s.detach().double() for s in sources)]
+    coefs = [alpha, *(scale * w for w in weights)]
+    exact = sum(coef * x for coef, x in zip(coefs, terms, strict=True))
+    # Roundings: a difference, a coefficient, a product per term, and the sums.
+    size = sum(max(1, abs(coef)) * x.abs() for coef, x in zip(coefs, terms, strict=True))
+    return exact, (3 + len(terms)) * roundoff(target) * size
