@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,10 +17,11 @@ from fasttransfer.checks import (
     check_number,
     check_tensor,
     forward_mode,
+    memory_range,
     overlaps_itself,
     shape,
 )
-from fasttransfer.names import Tensors, by_name, collect, match
+from fasttransfer.names import Collection, Tensors, by_name, collect, match
 from fasttransfer.ops.blend import BlendFunction, blend_inplace_op, blend_op
 
 Coefficient = float | Tensor | Mapping[str, float | Tensor]
@@ -165,11 +168,12 @@ class _Plan:
         self.is_module = isinstance(target, nn.Module)
         self.single = isinstance(target, Tensor)
         named = self.given.named
+        everything = list(self.given.tensors)
         arguments = ["source"] if len(sources) == 1 else [f"sources[{j}]" for j in range(len(sources))]
         others = [collect(a, s, buffers=True) for a, s in zip(arguments, sources, strict=True)]
         # With a transform, shapes are compared behind it.
         columns = [match(self.given, other, shapes=transform is None) for other in others]
-        transforms = by_name("transform", transform, list(self.given.tensors), named, default=None)
+        transforms = by_name("transform", transform, self.given, everything, default=None)
         parameters = (
             {name for name, _ in target.named_parameters()} if isinstance(target, nn.Module) else None
         )
@@ -183,7 +187,7 @@ class _Plan:
             integer = named and not t.dtype.is_floating_point and not t.dtype.is_complex
             is_buffer = integer if parameters is None else name not in parameters
             if is_buffer and buffers == "copy":
-                self.copies.append((t, row[0]))
+                self.copies.append((t, _copyable(row[0], t, others[0].label(name))))
             elif not integer and not (is_buffer and buffers == "keep"):
                 check_tensor(self.given.label(name), t)
                 self.names.append(name)
@@ -191,10 +195,8 @@ class _Plan:
                 self.rows.append(
                     [_mapped(transforms[i], s, t, o.label(name)) for s, o in zip(row, others, strict=True)]
                 )
-        self.alpha, self.alpha_tensor = _coefficients("alpha", alpha, self.names, named, self.targets)
-        self.scale, self.scale_tensor = _coefficients(
-            "source_scale", source_scale, self.names, named, self.targets
-        )
+        self.alpha, self.alpha_tensor = _coefficients("alpha", alpha, self.given, self.names)
+        self.scale, self.scale_tensor = _coefficients("source_scale", source_scale, self.given, self.names)
 
     def blended(self) -> list[Tensor]:
         """The blended tensors, in the order of ``names``."""
@@ -212,7 +214,13 @@ class _Plan:
         """Overwrite the targets. The caller enters torch.no_grad: dynamo cannot bind a decorated method here."""
         kept = list(range(len(self.targets)))
         if not torch.compiler.is_compiling():
-            kept = _written_once(self.names, self.targets, self.rows)
+            names = [self.given.label(name) for name in self.names]
+            kept = _written_once(
+                names,
+                self.targets,
+                self.rows,
+                list(zip(self._shown("alpha"), self._shown("scale"), strict=True)),
+            )
         for t, source in self.copies:
             t.copy_(source)
         if not kept:
@@ -226,6 +234,10 @@ class _Plan:
             None if self.scale_tensor is None else self.scale_tensor[kept],
             self.weights,
         )
+
+    def _shown(self, coefficient: str) -> list[float | None]:
+        """Coefficients per target as far as the host knows them."""
+        return getattr(self, coefficient) or [None] * len(self.targets)
 
     def result(self, blended: Sequence[Tensor]) -> Any:
         """The blended tensors as the kind that ``target`` is."""
@@ -248,6 +260,16 @@ def _mapped(transform: Any, source: Tensor, target: Tensor, where: str) -> Tenso
     return mapped
 
 
+def _copyable(source: Tensor, target: Tensor, where: str) -> Tensor:
+    if source.shape != target.shape:
+        raise ValueError(f"{where} has shape {shape(source)}, its target has {shape(target)}")
+    if source.dtype != target.dtype and not (source.is_floating_point() and target.is_floating_point()):
+        raise TypeError(
+            f"{where} is {source.dtype}, its target {target.dtype}: a copy would change its values"
+        )
+    return source
+
+
 def _apply(transform: Any, source: Tensor) -> Tensor:
     if transform is None:
         return source
@@ -257,7 +279,8 @@ def _apply(transform: Any, source: Tensor) -> Tensor:
                 f"transform must be a matrix [d_target, d_source] for the source's last dimension, got "
                 f"{shape(transform)} for a source of shape {shape(source)}"
             )
-        return F.linear(source, transform)
+        dtype = torch.promote_types(source.dtype, transform.dtype)
+        return F.linear(source.to(dtype), transform.to(dtype))
     if not callable(transform):
         raise TypeError(
             f"transform must be None, a matrix, a module or function of one tensor, or a mapping of name patterns, "
@@ -276,6 +299,8 @@ def _check_weights(sources: Any, weights: Sequence[float] | None) -> list[float]
         raise ValueError("sources must hold at least one source, got none")
     if weights is None:
         return [1 / len(sources)] * len(sources)
+    if not isinstance(weights, Sequence):
+        raise TypeError(f"weights must be a list of numbers, one per source, got {type(weights).__name__}")
     values = [check_number(f"weights[{i}]", w, float("-inf")) for i, w in enumerate(weights)]
     if len(values) != len(sources):
         raise ValueError(f"weights must be one number per source ({len(sources)}), got {len(values)}")
@@ -286,12 +311,12 @@ def _check_weights(sources: Any, weights: Sequence[float] | None) -> list[float]
 
 
 def _coefficients(
-    argument: str, value: Any, names: Sequence[str], named: bool, targets: Sequence[Tensor]
+    argument: str, value: Any, given: Collection, names: Sequence[str]
 ) -> tuple[list[float], Tensor | None]:
-    """One value per target: numbers, or a tensor ``[targets]`` as soon as one of them is a tensor."""
+    """One value per blended target: numbers, or a tensor ``[targets]`` as soon as one of them is a tensor."""
     if value is None:
         return [], None
-    values = by_name(argument, value, names, named)
+    values = by_name(argument, value, given, names)
     if not any(isinstance(v, Tensor) for v in values):
         return [check_number(argument, v, float("-inf")) for v in values], None
     for v in values:
@@ -302,45 +327,71 @@ def _coefficients(
                 f"{argument} must be a number or a one-element floating tensor, got shape {shape(v)} of {v.dtype}"
             )
     double = any(isinstance(v, Tensor) and v.dtype == torch.float64 for v in values)
-    dtype, device = torch.float64 if double else torch.float32, targets[0].device
+    dtype, device = torch.float64 if double else torch.float32, given.tensors[names[0]].device
     if isinstance(value, Tensor):
-        return [], value.reshape(1).to(device, dtype).expand(len(targets))
+        return [], value.reshape(1).to(device, dtype).expand(len(names))
     return [], torch.stack([torch.as_tensor(v).reshape(()).to(device, dtype) for v in values])
 
 
 def _written_once(
-    names: Sequence[str], targets: Sequence[Tensor], rows: Sequence[Sequence[Tensor]]
+    names: Sequence[str],
+    targets: Sequence[Tensor],
+    rows: Sequence[Sequence[Tensor]],
+    coefficients: Sequence[tuple[float | None, float | None]],
 ) -> list[int]:
     """Which targets to write: all, but tied ones once. Several threads write, so memory may have one writer only.
 
     Raises:
-        ValueError: A target that overlaps itself, tied targets with different sources, a source that lies in the
-            memory of a target otherwise than as that target itself.
+        ValueError: A target that overlaps itself or another one, tied targets with different sources or
+            coefficients, a source that overlaps a target otherwise than as that target itself.
     """
     seen: dict[Any, int] = {}
     kept = []
     for i, t in enumerate(targets):
         if overlaps_itself(t):
+            raise ValueError(f"{names[i]} cannot be overwritten: its elements overlap in memory (expanded?)")
+        if t.is_inference() and not torch.is_inference_mode_enabled():
             raise ValueError(
-                f"target {names[i]} cannot be overwritten: its elements overlap in memory (expanded?)"
+                f"{names[i]} is an inference tensor: it can be overwritten in torch.inference_mode only"
             )
-        key = _view(t)
+        key = _view(t) if t.device.type != "meta" else i
         if t.numel() and key in seen:
-            if [_view(s) for s in rows[i]] != [_view(s) for s in rows[seen[key]]]:
+            j = seen[key]
+            if [_view(s) for s in rows[i]] != [_view(s) for s in rows[j]] or coefficients[i] != coefficients[
+                j
+            ]:
                 raise ValueError(
-                    f"targets {names[seen[key]]} and {names[i]} are the same memory, but their sources differ"
+                    f"{names[j]} and {names[i]} are the same memory, but their sources or alphas differ"
                 )
             continue
         seen[key] = i
         kept.append(i)
-    written = {t.untyped_storage().data_ptr() for t in targets if t.numel()}
+    _check_separate(
+        names, targets, rows, [i for i in kept if targets[i].numel() and targets[i].device.type != "meta"]
+    )
+    return kept
+
+
+def _check_separate(
+    names: Sequence[str], targets: Sequence[Tensor], rows: Sequence[Sequence[Tensor]], kept: Sequence[int]
+) -> None:
+    """Compares ranges of addresses: what lies interleaved without sharing an element is refused as well."""
+    ranges = sorted((*memory_range(targets[i]), i) for i in kept)
+    for (_, stop, i), (start, _, j) in pairwise(ranges):
+        if start < stop:
+            raise ValueError(f"{names[i]} and {names[j]} cannot be overwritten: they overlap in memory")
+    starts = [start for start, _, _ in ranges]
     for i in kept:
         for s in rows[i]:
-            if s.numel() and s.untyped_storage().data_ptr() in written and _view(s) != _view(targets[i]):
+            if s.numel() == 0 or _view(s) == _view(targets[i]):
+                continue
+            start, stop = memory_range(s)
+            before = bisect_left(starts, stop) - 1  # the last target that begins before the source ends
+            if before >= 0 and ranges[before][1] > start:
                 raise ValueError(
-                    f"target {names[i]} cannot be overwritten: a source shares memory with the targets; pass a clone"
+                    f"{names[ranges[before][2]]} cannot be overwritten: "
+                    f"the source of {names[i]} overlaps it in memory; pass a clone"
                 )
-    return kept
 
 
 def _view(t: Tensor) -> Any:

@@ -39,12 +39,13 @@ def check_number(
     if isinstance(value, bool) or not isinstance(value, (int, float, Real)):  # Real: NumPy's scalars
         raise TypeError(f"{name} must be a number, got {_kind(value)}")
     try:
-        value = float(value)
+        number = float(value)
     except OverflowError:
-        value = float("inf") if value > 0 else float("-inf")
-    if not (low < value if open_low else low <= value) or not value <= high or value == float("inf"):
+        number = float("inf")
+    above = low < number if open_low else low <= number
+    if not (above and number <= high and abs(number) != float("inf")):
         raise ValueError(f"{name} must be {_range(low, high, open_low)}, got {value}")
-    return float(value)
+    return number
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
@@ -71,6 +72,12 @@ def values_visible(t: Tensor) -> bool:
 def forward_mode() -> bool:
     """Whether forward-mode differentiation is on: a plain dispatcher call would drop the tangents without a word."""
     return forward_ad._current_level >= 0
+
+
+def memory_range(t: Tensor) -> tuple[int, int]:
+    """The addresses of a tensor's first byte and of the byte past its last."""
+    reach = sum(stride * (size - 1) for stride, size in zip(t.stride(), t.shape, strict=True))
+    return t.data_ptr(), t.data_ptr() + (reach + 1) * t.element_size() if t.numel() else t.data_ptr()
 
 
 def overlaps_itself(t: Tensor) -> bool:
@@ -100,6 +107,8 @@ def _dtype(t: Tensor) -> str:
 
 
 def _range(low: float, high: float, open_low: bool) -> str:
+    if low == float("-inf"):
+        return "finite"
     if high == float("inf"):
         return ("greater than" if open_low else "at least") + f" {low:g} and finite"
     return f"between {low:g} and {high:g}"

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fasttransfer.checks import check_number, check_tensor, forward_mode, overlaps_itself, shape
+from fasttransfer.checks import FLOATS, check_number, check_tensor, forward_mode, overlaps_itself, shape
 from fasttransfer.names import Tensors, check_patterns, collect, match, matches
 from fasttransfer.ops.blend import blend_inplace_op
 from fasttransfer.ops.l2sp import L2SPFunction, difference, l2sp_add_grad_op, l2sp_value_op
-
-OptTensors = Sequence[Tensor | None]
 
 
 def l2sp_penalty(params: Tensors, start: Tensors, strength: float) -> Tensor:
@@ -37,8 +35,7 @@ def l2sp_penalty(params: Tensors, start: Tensors, strength: float) -> Tensor:
         ValueError: Names, lengths, shapes or devices that do not match (the error names the parameter and both
             shapes), the same tensor twice, a negative strength.
     """
-    tensors, starts = _check_pairs(params, start)
-    return _penalty(tensors, starts, [check_number("strength", strength, 0)] * len(tensors))
+    return _penalty(_check_pairs(params, start, check_number("strength", strength, 0)))
 
 
 def l2sp_add_grad_(
@@ -64,11 +61,8 @@ def l2sp_add_grad_(
         TypeError, ValueError: As ``l2sp_penalty``; also for a sparse gradient or one whose elements overlap in
             memory. Nothing has been modified then.
     """
-    tensors, starts = _check_pairs(params, start)
-    weight = check_number("strength", strength, 0)
-    trained = [i for i, p in enumerate(tensors) if p.requires_grad]
     return _add_grad_(
-        [tensors[i] for i in trained], [starts[i] for i in trained], [weight] * len(trained), grad_scale
+        _check_pairs(params, start, check_number("strength", strength, 0)).trained(), grad_scale
     )
 
 
@@ -88,10 +82,26 @@ def l2sp_prox_(params: Tensors, start: Tensors, strength: float, lr: float) -> N
     Raises:
         TypeError, ValueError: As ``l2sp_penalty``; also for a parameter whose elements overlap in memory.
     """
-    tensors, starts = _check_pairs(params, start)
-    h = 2 * check_number("lr", lr, 0) * check_number("strength", strength, 0)
-    trained = [i for i, p in enumerate(tensors) if p.requires_grad]
-    _prox_([tensors[i] for i in trained], [starts[i] for i in trained], [h] * len(trained))
+    step = check_number("lr", lr, 0)
+    _prox_(_check_pairs(params, start, check_number("strength", strength, 0)).trained(), step)
+
+
+class _Selection(NamedTuple):
+    """Parameters with their start points (None: 0) and strengths; labels are what errors call them."""
+
+    labels: list[str]
+    params: list[Tensor]
+    start: list[Tensor | None]
+    strength: list[float]
+
+    def trained(self) -> _Selection:
+        """Without what is frozen."""
+        kept = [i for i, p in enumerate(self.params) if p.requires_grad]
+        return self if len(kept) == len(self.params) else self.part(kept)
+
+    def part(self, kept: Sequence[int]) -> _Selection:
+        """Those at these positions."""
+        return _Selection(*([column[i] for i in kept] for column in self))  # type: ignore[arg-type]
 
 
 class L2SP(nn.Module):
@@ -103,7 +113,9 @@ class L2SP(nn.Module):
     time of the call) are skipped; tied parameters count once.
 
     Args:
-        model: The model that is fine-tuned. Its parameters are looked up once, here.
+        model: The model that is fine-tuned. Which of its parameters are penalised is settled here; they are looked up
+            by name at each call, so that ``load_state_dict(assign=True)`` or a replaced layer does not leave this
+            module with parameters that nobody trains.
         strength: The lambda of the old parameters, at least 0.
         start: None: the parameters as they are now. Or a state dict or a module, matched by name and shape: a
             parameter that is missing there, or has another shape there (a replaced head), is a new one.
@@ -136,74 +148,86 @@ class L2SP(nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         self.strength = check_number("strength", strength, 0)
         self.new_strength = check_number("new_strength", new_strength, 0)
-        params = dict(model.named_parameters())
-        included = check_patterns("include", include, params)
-        excluded = check_patterns("exclude", exclude, params)
-        # A plain dict: registered, the parameters would be in this module's state_dict and moved by its .to().
-        self._params = {
-            name: p
-            for name, p in params.items()
-            if (not included or matches(name, included)) and not matches(name, excluded)
-        }
-        for name, p in self._params.items():
-            check_tensor(f"model parameter {name!r}", p)
-        if not self._params:
-            raise ValueError("model has no parameters left to penalise after include and exclude")
-        points = _start_points(self._params, start)
+        found = collect("model", model)
+        included = check_patterns("include", include, found.aliases)
+        excluded = check_patterns("exclude", exclude, found.aliases)
+        params: dict[str, Tensor] = {}
+        for name, p in found.tensors.items():
+            names = found.names_of(name)
+            wanted = not included or any(matches(n, included) for n in names)
+            if p.dtype in FLOATS and wanted and not any(matches(n, excluded) for n in names):
+                params[name] = p
+        if not params:
+            raise ValueError("model has no floating parameters left to penalise after include and exclude")
+        points = _start_points(params, {name: found.names_of(name) for name in params}, start)
+        # In a tuple: registered, the model's parameters would be in this module's state_dict and moved by its .to().
+        self._model = (model,)
+        self._paths = [(name, *_split(name)) for name in params]
         self.start = _StartPoints(points)
-        self.new_names = tuple(name for name in self._params if name not in points)
+        self.new_names = tuple(name for name in params if name not in points)
 
     def forward(self) -> Tensor:
         """The penalty, a scalar that is differentiable in the model's parameters."""
-        _, params, starts, strengths = self._active()
-        return _penalty(params, starts, strengths)
+        return _penalty(self._active())
 
     def add_grad_(self, *, grad_scale: float | Tensor | None = None) -> Tensor:
         """Add the penalty's gradient to the parameters' ``.grad`` and return the penalty, as ``l2sp_add_grad_``."""
-        _, params, starts, strengths = self._active()
-        return _add_grad_(params, starts, strengths, grad_scale)
+        return _add_grad_(self._active(), grad_scale)
 
     def prox_(self, lr: float) -> None:
         """The proximal step at step size ``lr``, in place, as ``l2sp_prox_``."""
-        _, params, starts, strengths = self._active()
-        step = 2 * check_number("lr", lr, 0)
-        _prox_(params, starts, [step * strength for strength in strengths])
+        _prox_(self._active(), check_number("lr", lr, 0))
 
     @torch.no_grad()
     def distance(self) -> dict[str, Tensor]:
         """``||p - p0||`` per parameter that has a start point, frozen ones included: scalars on their device."""
-        return {
-            name: torch.linalg.vector_norm(difference(self._params[name], p0))
-            for name, p0 in self.start.points().items()
-        }
+        points, params = self.start.points(), self._params()
+        return {name: torch.linalg.vector_norm(difference(params[name], p0)) for name, p0 in points.items()}
 
     def extra_repr(self) -> str:
         """Strengths and how many parameters have a start point."""
-        old = len(self._params) - len(self.new_names)
-        counts = f"with_start={old}, new={len(self.new_names)}"
+        counts = f"with_start={len(self._paths) - len(self.new_names)}, new={len(self.new_names)}"
         return f"strength={self.strength}, new_strength={self.new_strength}, {counts}"
 
-    def _active(self) -> tuple[list[str], list[Tensor], list[Tensor | None], list[float]]:
-        """Names, parameters, start points and strengths of what is penalised at this moment."""
+    def _params(self) -> dict[str, Tensor]:
+        """The model's parameters as they are now, by name."""
+        (model,) = self._model
+        owners: dict[str, nn.Module] = {}
+        params: dict[str, Tensor] = {}
+        for name, path, leaf in self._paths:
+            if path not in owners:
+                try:
+                    owners[path] = model.get_submodule(path)
+                except AttributeError:
+                    raise ValueError(f"model no longer has a module {path!r}: make a new L2SP") from None
+            p = owners[path]._parameters.get(leaf)
+            if p is None:
+                raise ValueError(f"model no longer has a parameter {name!r}: make a new L2SP")
+            params[name] = p
+        return params
+
+    def _active(self) -> _Selection:
+        """What is penalised at this moment."""
         points = self.start.points()
-        names: list[str] = []
-        params: list[Tensor] = []
-        starts: list[Tensor | None] = []
-        strengths: list[float] = []
-        for name, p in self._params.items():
+        active = _Selection([], [], [], [])
+        for name, p in self._params().items():
             p0 = points.get(name)
             if not p.requires_grad or (p0 is None and self.new_strength == 0):
                 continue
+            if p0 is not None and p0.shape != p.shape:
+                raise ValueError(
+                    f"the start point of {name!r} has shape {shape(p0)}, the parameter now {shape(p)}"
+                )
             if p0 is not None and p0.device != p.device:
                 raise ValueError(
                     f"the start point of {name!r} is on {p0.device}, the parameter on {p.device}: call .to() on this "
                     "L2SP as well"
                 )
-            names.append(name)
-            params.append(p)
-            starts.append(p0)
-            strengths.append(self.new_strength if p0 is None else self.strength)
-        return names, params, starts, strengths
+            active.labels.append(f"parameter {name!r}")
+            active.params.append(p)
+            active.start.append(p0)
+            active.strength.append(self.new_strength if p0 is None else self.strength)
+        return active
 
 
 class _StartPoints(nn.Module):
@@ -217,9 +241,9 @@ class _StartPoints(nn.Module):
         super().__init__()
         self._names = tuple(points)
         for name, value in points.items():
-            *path, leaf = name.split(".")
+            path, leaf = _split(name)
             node: nn.Module = self
-            for part in path:
+            for part in path.split(".") if path else ():
                 if part not in node._modules:
                     node._modules[part] = nn.Module()
                 node = node._modules[part]  # type: ignore[assignment]
@@ -236,34 +260,39 @@ class _StartPoints(nn.Module):
         return f"StartPoints({len(self._names)})"
 
 
-def _start_points(params: Mapping[str, Tensor], start: Any) -> dict[str, Tensor]:
-    """Clones of the start points of those parameters that have one."""
+def _split(name: str) -> tuple[str, str]:
+    """A parameter's name as its module's path and its own last part."""
+    path, _, leaf = name.rpartition(".")
+    return path, leaf
+
+
+def _start_points(
+    params: Mapping[str, Tensor], aliases: Mapping[str, list[str]], start: Any
+) -> dict[str, Tensor]:
+    """Clones of the start points of those parameters that have one, under any of a tied parameter's names."""
     if start is None:
-        found = dict(params)
+        given: Mapping[str, Any] = params
+    elif isinstance(start, (nn.Module, Mapping)):
+        given = collect("start", start).aliases if isinstance(start, nn.Module) else start
     else:
-        if isinstance(start, nn.Module):
-            # remove_duplicate=False: a parameter may be tied there under the other of its names.
-            given: Mapping[str, Any] = dict(start.named_parameters(remove_duplicate=False))
-        elif isinstance(start, Mapping):
-            given = start
-        else:
-            raise TypeError(f"start must be None, a state dict or a module, got {type(start).__name__}")
-        found = {
-            name: given[name]
-            for name, p in params.items()
-            if isinstance(given.get(name), Tensor) and given[name].shape == p.shape
-        }
-        if not found:
-            raise ValueError(
-                "start shares no parameter with model by name and shape: "
-                f"model has {', '.join(list(params)[:3])}..., start has {', '.join(map(str, list(given)[:3]))}..."
-            )
-    for name, p0 in found.items():
-        check_tensor(f"start point of {name!r}", p0)
-    return {name: p0.detach().to(params[name].device, copy=True) for name, p0 in found.items()}
+        raise TypeError(f"start must be None, a state dict or a module, got {type(start).__name__}")
+    points: dict[str, Tensor] = {}
+    for name, p in params.items():
+        for alias in aliases[name]:
+            p0 = given.get(alias)
+            if isinstance(p0, Tensor) and p0.shape == p.shape:
+                check_tensor(f"start point of {alias!r}", p0)
+                points[name] = p0.detach().to(p.device, copy=True)
+                break
+    if not points:
+        raise ValueError(
+            "start shares no parameter with model by name and shape: "
+            f"model has {', '.join(list(params)[:3])}..., start has {', '.join(map(str, list(given)[:3]))}..."
+        )
+    return points
 
 
-def _check_pairs(params: Tensors, start: Tensors) -> tuple[list[Tensor], list[Tensor]]:
+def _check_pairs(params: Tensors, start: Tensors, strength: float) -> _Selection:
     given, points = collect("params", params), collect("start", start)
     if not given.tensors:
         raise ValueError("params holds no tensors")
@@ -277,10 +306,12 @@ def _check_pairs(params: Tensors, start: Tensors) -> tuple[list[Tensor], list[Te
                 f"params holds the same tensor twice: {given.label(seen[id(p)])}, {given.label(name)}"
             )
         seen[id(p)] = name
-    return list(given.tensors.values()), starts
+    labels = [given.label(name) for name in given.tensors]
+    return _Selection(labels, list(given.tensors.values()), list(starts), [strength] * len(labels))
 
 
-def _penalty(params: Sequence[Tensor], start: OptTensors, strength: Sequence[float]) -> Tensor:
+def _penalty(selected: _Selection) -> Tensor:
+    _, params, start, strength = selected
     if not params:
         return torch.zeros(())
     if forward_mode() or (torch.is_grad_enabled() and any(p.requires_grad for p in params)):
@@ -289,9 +320,8 @@ def _penalty(params: Sequence[Tensor], start: OptTensors, strength: Sequence[flo
 
 
 @torch.no_grad()
-def _add_grad_(
-    params: Sequence[Tensor], start: OptTensors, strength: Sequence[float], grad_scale: float | Tensor | None
-) -> Tensor:
+def _add_grad_(selected: _Selection, grad_scale: float | Tensor | None) -> Tensor:
+    labels, params, start, strength = selected
     if isinstance(grad_scale, Tensor):
         check_tensor("grad_scale", grad_scale)
         if grad_scale.numel() != 1:
@@ -307,14 +337,16 @@ def _add_grad_(
         return torch.zeros(())
     grads: list[Tensor] = []
     accumulate: list[int] = []
-    for i, p in enumerate(params):
+    for label, p in zip(labels, params, strict=True):
+        if not p.is_leaf:
+            raise ValueError(f"{label} is not a leaf: it keeps no .grad to add to. Use l2sp_penalty")
         g = p.grad
         if g is not None:
             if g.layout is not torch.strided:
-                raise TypeError(f"the gradient of params[{i}] must be dense (strided), got layout {g.layout}")
+                raise TypeError(f"the gradient of {label} must be dense (strided), got layout {g.layout}")
             if overlaps_itself(g):
                 raise ValueError(
-                    f"the gradient of params[{i}] cannot be added to: its elements overlap in memory"
+                    f"the gradient of {label} cannot be added to: its elements overlap in memory"
                 )
         grads.append(torch.empty_like(p) if g is None else g)
         accumulate.append(int(g is not None))
@@ -326,18 +358,16 @@ def _add_grad_(
 
 
 @torch.no_grad()
-def _prox_(params: Sequence[Tensor], start: OptTensors, steps: Iterable[float]) -> None:
+def _prox_(selected: _Selection, lr: float) -> None:
     """``(p + h p0)/(1 + h)`` is a blend with ``1/(1 + h)`` on ``p``; without a start point, of ``p`` and nothing."""
-    steps = list(steps)
-    for i, p in enumerate(params):
+    for label, p in zip(selected.labels, selected.params, strict=True):
         if overlaps_itself(p):
-            raise ValueError(f"params[{i}] cannot be written: its elements overlap in memory")
+            raise ValueError(f"{label} cannot be written: its elements overlap in memory")
     for has_start in (True, False):
-        part = [i for i in range(len(params)) if (start[i] is not None) == has_start and steps[i] != 0]
-        if not part:
-            continue
-        targets = [params[i] for i in part]
-        sources = [start[i] if has_start else params[i] for i in part]
-        kept = [1 / (1 + steps[i]) for i in part]
-        scale = [] if has_start else [0.0] * len(part)
-        blend_inplace_op(targets, sources, kept, None, scale, None, [1.0])
+        _, params, start, strength = selected.part(
+            [i for i, p0 in enumerate(selected.start) if (p0 is not None) == has_start]
+        )
+        if params:
+            kept = [1 / (1 + 2 * lr * weight) for weight in strength]
+            scale = [] if has_start else [0.0] * len(params)
+            blend_inplace_op(params, start if has_start else params, kept, None, scale, None, [1.0])

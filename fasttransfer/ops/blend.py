@@ -29,9 +29,15 @@ def _combine(
     """One target. ``alpha`` and ``scale`` are floats, or 0-dim tensors, whose values only the device looks at."""
     dtype = compute_dtype(target, *sources)
     t = target.to(dtype)
-    source = sum(_scaled(s.to(dtype), w) for s, w in zip(sources, weights, strict=True))
     if scale is not None:
-        return _scaled(t, alpha) + _scaled(source, scale)
+        total = sum(_scaled(s.to(dtype), w) for s, w in zip(sources, weights, strict=True))
+        return _scaled(t, alpha) + _scaled(total, scale)
+    # Around the first source that counts: sources that agree give exactly what they agree on.
+    counted = [(s.to(dtype), w) for s, w in zip(sources, weights, strict=True) if w]
+    first = counted[0][0]
+    source = first
+    for s, w in counted[1:]:
+        source = source + (s - first) * w
     if isinstance(alpha, Tensor):
         alpha = alpha.to(dtype)
         inner = torch.where(alpha >= 0.5, t + (source - t) * (1 - alpha), source + (t - source) * alpha)
@@ -64,16 +70,14 @@ def _blend(
     weights: Sequence[float],
 ) -> list[Tensor]:
     k = len(weights)
-    return [
-        _combine(
-            target,
-            sources[i * k : (i + 1) * k],
-            _value(alpha, alpha_tensor, i),
-            _value(scale, scale_tensor, i),
-            weights,
-        ).to(target.dtype)
-        for i, target in enumerate(targets)
-    ]
+    outs = []
+    for i, target in enumerate(targets):
+        a, b = _value(alpha, alpha_tensor, i), _value(scale, scale_tensor, i)
+        # Into the target's own order of dimensions, whichever operand's the arithmetic has taken.
+        outs.append(
+            torch.empty_like(target).copy_(_combine(target, sources[i * k : (i + 1) * k], a, b, weights))
+        )
+    return outs
 
 
 def _blend_(targets: Sequence[Tensor], sources: Sequence[Tensor], *args: Any) -> None:

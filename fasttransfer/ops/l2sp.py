@@ -54,7 +54,9 @@ def _add_grad_(
     grad_scale: float,
     grad_scale_tensor: Tensor | None,
 ) -> Tensor:
-    scale: Any = grad_scale if grad_scale_tensor is None else grad_scale_tensor
+    scale: Any = grad_scale
+    if grad_scale_tensor is not None:
+        scale = grad_scale_tensor.reshape(()).to(accumulator(params[0]))
     total = torch.zeros((), dtype=accumulator(params[0]), device=params[0].device)
     for p, p0, g, weight, add in zip(params, start, grads, strength, accumulate, strict=True):
         d = difference(p, p0)
