@@ -379,7 +379,7 @@ def _check_separate(
     ranges = sorted((*memory_range(targets[i]), i) for i in kept)
     for (_, stop, i), (start, _, j) in pairwise(ranges):
         if start < stop:
-            raise ValueError(f"{names[i]} and {names[j]} cannot be overwritten: they overlap in memory")
+            raise ValueError(f"{names[i]} and {names[j]} cannot be overwritten: their memory ranges overlap")
     starts = [start for start, _, _ in ranges]
     for i in kept:
         for s in rows[i]:
@@ -390,7 +390,7 @@ def _check_separate(
             if before >= 0 and ranges[before][1] > start:
                 raise ValueError(
                     f"{names[ranges[before][2]]} cannot be overwritten: "
-                    f"the source of {names[i]} overlaps it in memory; pass a clone"
+                    f"the memory range of the source of {names[i]} overlaps; pass a clone"
                 )
 
 

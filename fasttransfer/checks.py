@@ -32,6 +32,11 @@ def check_tensor(
         raise TypeError(f"{name} must be a dense (strided) tensor, got {layout}")
 
 
+def usable(t: Tensor) -> bool:
+    """What check_tensor accepts, without its words: for lists of hundreds of tensors."""
+    return t.dtype in FLOATS and t.layout is torch.strided and not t.is_nested
+
+
 def check_number(
     name: str, value: Any, low: float, high: float = float("inf"), *, open_low: bool = False
 ) -> float:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fasttransfer.checks import FLOATS, check_number, check_tensor, forward_mode, overlaps_itself, shape
+from fasttransfer.checks import (
+    FLOATS,
+    check_number,
+    check_tensor,
+    forward_mode,
+    overlaps_itself,
+    shape,
+    usable,
+)
 from fasttransfer.names import Tensors, check_patterns, collect, match, matches
 from fasttransfer.ops.blend import blend_inplace_op
 from fasttransfer.ops.l2sp import L2SPFunction, difference, l2sp_add_grad_op, l2sp_value_op
@@ -87,21 +95,27 @@ def l2sp_prox_(params: Tensors, start: Tensors, strength: float, lr: float) -> N
 
 
 class _Selection(NamedTuple):
-    """Parameters with their start points (None: 0) and strengths; labels are what errors call them."""
+    """Parameters with their start points (None: 0) and strengths."""
 
-    labels: list[str]
+    names: list[str]
+    label: Callable[[str], str]  # what an error calls a name
     params: list[Tensor]
     start: list[Tensor | None]
     strength: list[float]
 
     def trained(self) -> _Selection:
         """Without what is frozen."""
-        kept = [i for i, p in enumerate(self.params) if p.requires_grad]
-        return self if len(kept) == len(self.params) else self.part(kept)
+        return self.part([p.requires_grad for p in self.params])
 
-    def part(self, kept: Sequence[int]) -> _Selection:
-        """Those at these positions."""
-        return _Selection(*([column[i] for i in kept] for column in self))  # type: ignore[arg-type]
+    def part(self, kept: Sequence[bool]) -> _Selection:
+        """Those that are marked."""
+        if all(kept):
+            return self
+        names, params, start, strength = (
+            [x for x, keep in zip(column, kept, strict=True) if keep]
+            for column in (self.names, self.params, self.start, self.strength)
+        )
+        return _Selection(names, self.label, params, start, strength)  # type: ignore[arg-type]
 
 
 class L2SP(nn.Module):
@@ -209,7 +223,7 @@ class L2SP(nn.Module):
     def _active(self) -> _Selection:
         """What is penalised at this moment."""
         points = self.start.points()
-        active = _Selection([], [], [], [])
+        active = _Selection([], "parameter {!r}".format, [], [], [])
         for name, p in self._params().items():
             p0 = points.get(name)
             if not p.requires_grad or (p0 is None and self.new_strength == 0):
@@ -223,7 +237,7 @@ class L2SP(nn.Module):
                     f"the start point of {name!r} is on {p0.device}, the parameter on {p.device}: call .to() on this "
                     "L2SP as well"
                 )
-            active.labels.append(f"parameter {name!r}")
+            active.names.append(name)
             active.params.append(p)
             active.start.append(p0)
             active.strength.append(self.new_strength if p0 is None else self.strength)
@@ -299,19 +313,19 @@ def _check_pairs(params: Tensors, start: Tensors, strength: float) -> _Selection
     starts = match(given, points)
     seen: dict[int, str] = {}
     for (name, p), p0 in zip(given.tensors.items(), starts, strict=True):
-        check_tensor(given.label(name), p)
-        check_tensor(points.label(name), p0)
-        if id(p) in seen:
+        if not (usable(p) and usable(p0)):
+            check_tensor(given.label(name), p)
+            check_tensor(points.label(name), p0)
+        if seen.setdefault(id(p), name) is not name:
             raise ValueError(
                 f"params holds the same tensor twice: {given.label(seen[id(p)])}, {given.label(name)}"
             )
-        seen[id(p)] = name
-    labels = [given.label(name) for name in given.tensors]
-    return _Selection(labels, list(given.tensors.values()), list(starts), [strength] * len(labels))
+    names, tensors = list(given.tensors), list(given.tensors.values())
+    return _Selection(names, given.label, tensors, list(starts), [strength] * len(names))
 
 
 def _penalty(selected: _Selection) -> Tensor:
-    _, params, start, strength = selected
+    params, start, strength = selected[2:]
     if not params:
         return torch.zeros(())
     if forward_mode() or (torch.is_grad_enabled() and any(p.requires_grad for p in params)):
@@ -321,7 +335,7 @@ def _penalty(selected: _Selection) -> Tensor:
 
 @torch.no_grad()
 def _add_grad_(selected: _Selection, grad_scale: float | Tensor | None) -> Tensor:
-    labels, params, start, strength = selected
+    params, start, strength = selected[2:]
     if isinstance(grad_scale, Tensor):
         check_tensor("grad_scale", grad_scale)
         if grad_scale.numel() != 1:
@@ -337,16 +351,20 @@ def _add_grad_(selected: _Selection, grad_scale: float | Tensor | None) -> Tenso
         return torch.zeros(())
     grads: list[Tensor] = []
     accumulate: list[int] = []
-    for label, p in zip(labels, params, strict=True):
+    for name, p in zip(selected.names, params, strict=True):
         if not p.is_leaf:
-            raise ValueError(f"{label} is not a leaf: it keeps no .grad to add to. Use l2sp_penalty")
+            raise ValueError(
+                f"{selected.label(name)} is not a leaf: it keeps no .grad to add to. Use l2sp_penalty"
+            )
         g = p.grad
         if g is not None:
             if g.layout is not torch.strided:
-                raise TypeError(f"the gradient of {label} must be dense (strided), got layout {g.layout}")
+                raise TypeError(
+                    f"the gradient of {selected.label(name)} must be dense (strided), got layout {g.layout}"
+                )
             if overlaps_itself(g):
                 raise ValueError(
-                    f"the gradient of {label} cannot be added to: its elements overlap in memory"
+                    f"the gradient of {selected.label(name)} cannot be added to: its elements overlap in memory"
                 )
         grads.append(torch.empty_like(p) if g is None else g)
         accumulate.append(int(g is not None))
@@ -360,13 +378,11 @@ def _add_grad_(selected: _Selection, grad_scale: float | Tensor | None) -> Tenso
 @torch.no_grad()
 def _prox_(selected: _Selection, lr: float) -> None:
     """``(p + h p0)/(1 + h)`` is a blend with ``1/(1 + h)`` on ``p``; without a start point, of ``p`` and nothing."""
-    for label, p in zip(selected.labels, selected.params, strict=True):
+    for name, p in zip(selected.names, selected.params, strict=True):
         if overlaps_itself(p):
-            raise ValueError(f"{label} cannot be written: its elements overlap in memory")
+            raise ValueError(f"{selected.label(name)} cannot be written: its elements overlap in memory")
     for has_start in (True, False):
-        _, params, start, strength = selected.part(
-            [i for i, p0 in enumerate(selected.start) if (p0 is not None) == has_start]
-        )
+        params, start, strength = selected.part([(p0 is not None) == has_start for p0 in selected.start])[2:]
         if params:
             kept = [1 / (1 + 2 * lr * weight) for weight in strength]
             scale = [] if has_start else [0.0] * len(params)

@@ -44,7 +44,7 @@ def test_independent_logits_with_labels(backend, threads, rows, columns, scale, 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("difference", [1e-6, 1e-4, 1e-2])
 @pytest.mark.parametrize("scale", [1, 10, 100])
-@pytest.mark.parametrize("rows, columns", [(200, 3), (48, 17), (6, 2049), (2, 200_000)])
+@pytest.mark.parametrize("rows, columns", [(200, 3), (48, 17), (6, 2049), (1, 100_000)])
 def test_near_equal_rows(backend, rows, columns, scale, difference, temperature):
     s = logits(rows, columns, scale)
     t = s + difference * temperature * torch.randn(rows, columns)

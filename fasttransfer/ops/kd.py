@@ -317,7 +317,9 @@ def _apply_upstream(grad: Tensor, upstream: Tensor, grad_scale: Tensor) -> Tenso
     """The saved gradient times the upstream one: in place where this backward is the last one, else a new tensor."""
     if torch.compiler.is_compiling() or _keep_graph():
         return kd_scale_op(grad, upstream, grad_scale)
-    kd_scale_inplace_op(grad, upstream, grad_scale)
+    # Nobody else sees this tensor, so its version counter may stand still: counting takes longer than all the rest.
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        kd_scale_inplace_op(grad, upstream, grad_scale)
     return grad
 
 
