@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,11 +15,11 @@ from fasttransfer.checks import (
     check_number,
     check_tensor,
     forward_mode,
-    memory_range,
-    overlaps_itself,
     shape,
+    usable,
 )
-from fasttransfer.names import Collection, Tensors, by_name, collect, match
+from fasttransfer.memory import written_once
+from fasttransfer.names import Collection, Labels, Tensors, by_name, collect, match
 from fasttransfer.ops.blend import BlendFunction, blend_inplace_op, blend_op
 
 Coefficient = float | Tensor | Mapping[str, float | Tensor]
@@ -165,18 +163,14 @@ class _Plan:
         if buffers == "copy" and len(sources) > 1:
             raise ValueError(f"buffers='copy' needs a single source to copy from, got {len(sources)}")
         self.given = collect("target", target, buffers=True)
-        self.is_module = isinstance(target, nn.Module)
         self.single = isinstance(target, Tensor)
         named = self.given.named
         everything = list(self.given.tensors)
         arguments = ["source"] if len(sources) == 1 else [f"sources[{j}]" for j in range(len(sources))]
         others = [collect(a, s, buffers=True) for a, s in zip(arguments, sources, strict=True)]
-        # With a transform, shapes are compared behind it.
-        columns = [match(self.given, other, shapes=transform is None) for other in others]
         transforms = by_name("transform", transform, self.given, everything, default=None)
-        parameters = (
-            {name for name, _ in target.named_parameters()} if isinstance(target, nn.Module) else None
-        )
+        columns = [match(self.given, other, transformed=transforms) for other in others]
+        self.parameters = set(collect("target", target).tensors) if isinstance(target, nn.Module) else None
 
         self.names: list[str] = []
         self.targets: list[Tensor] = []
@@ -185,16 +179,16 @@ class _Plan:
         for i, (name, t) in enumerate(self.given.tensors.items()):
             row = [column[i] for column in columns]
             integer = named and not t.dtype.is_floating_point and not t.dtype.is_complex
-            is_buffer = integer if parameters is None else name not in parameters
+            is_buffer = integer if self.parameters is None else name not in self.parameters
             if is_buffer and buffers == "copy":
                 self.copies.append((t, _copyable(row[0], t, others[0].label(name))))
             elif not integer and not (is_buffer and buffers == "keep"):
-                check_tensor(self.given.label(name), t)
+                if not usable(t):
+                    check_tensor(self.given.label(name), t)
                 self.names.append(name)
                 self.targets.append(t)
-                self.rows.append(
-                    [_mapped(transforms[i], s, t, o.label(name)) for s, o in zip(row, others, strict=True)]
-                )
+                mapped = zip(row, others, strict=True)
+                self.rows.append([_mapped(transforms[i], s, t, other, name) for s, other in mapped])
         self.alpha, self.alpha_tensor = _coefficients("alpha", alpha, self.given, self.names)
         self.scale, self.scale_tensor = _coefficients("source_scale", source_scale, self.given, self.names)
 
@@ -214,13 +208,9 @@ class _Plan:
         """Overwrite the targets. The caller enters torch.no_grad: dynamo cannot bind a decorated method here."""
         kept = list(range(len(self.targets)))
         if not torch.compiler.is_compiling():
-            names = [self.given.label(name) for name in self.names]
-            kept = _written_once(
-                names,
-                self.targets,
-                self.rows,
-                list(zip(self._shown("alpha"), self._shown("scale"), strict=True)),
-            )
+            coefficients = zip(self._shown("alpha"), self._shown("scale"), strict=True)
+            labels = Labels(self.given, self.names)
+            kept = written_once(labels, self.targets, self.rows, list(coefficients))
         for t, source in self.copies:
             t.copy_(source)
         if not kept:
@@ -246,17 +236,24 @@ class _Plan:
         if not self.given.named:
             return list(blended)
         new = dict(zip(self.names, blended, strict=True))
+        if self.parameters is not None:
+            # Buffers stay out of the graph: batch_norm takes no statistics that require grad.
+            new = {name: t if name in self.parameters else t.detach() for name, t in new.items()}
         return {name: new[name] if name in new else t.clone() for name, t in self.given.tensors.items()}
 
 
-def _mapped(transform: Any, source: Tensor, target: Tensor, where: str) -> Tensor:
+def _mapped(transform: Any, source: Tensor, target: Tensor, other: Collection, name: str) -> Tensor:
     """The source, transformed and checked against its target."""
-    check_tensor(where, source)
+    if not usable(source):
+        check_tensor(other.label(name), source)
+    if transform is None:
+        return source
     mapped = _apply(transform, source)
+    check_tensor(f"the transformed {other.label(name)}", mapped)
     if mapped.shape != target.shape:
-        how = "" if transform is None else ", transformed,"
-        raise ValueError(f"{where}{how} has shape {shape(mapped)}, its target has {shape(target)}")
-    check_tensor(where, mapped)
+        raise ValueError(
+            f"the transformed {other.label(name)} has shape {shape(mapped)}, its target has {shape(target)}"
+        )
     return mapped
 
 
@@ -331,68 +328,3 @@ def _coefficients(
     if isinstance(value, Tensor):
         return [], value.reshape(1).to(device, dtype).expand(len(names))
     return [], torch.stack([torch.as_tensor(v).reshape(()).to(device, dtype) for v in values])
-
-
-def _written_once(
-    names: Sequence[str],
-    targets: Sequence[Tensor],
-    rows: Sequence[Sequence[Tensor]],
-    coefficients: Sequence[tuple[float | None, float | None]],
-) -> list[int]:
-    """Which targets to write: all, but tied ones once. Several threads write, so memory may have one writer only.
-
-    Raises:
-        ValueError: A target that overlaps itself or another one, tied targets with different sources or
-            coefficients, a source that overlaps a target otherwise than as that target itself.
-    """
-    seen: dict[Any, int] = {}
-    kept = []
-    for i, t in enumerate(targets):
-        if overlaps_itself(t):
-            raise ValueError(f"{names[i]} cannot be overwritten: its elements overlap in memory (expanded?)")
-        if t.is_inference() and not torch.is_inference_mode_enabled():
-            raise ValueError(
-                f"{names[i]} is an inference tensor: it can be overwritten in torch.inference_mode only"
-            )
-        key = _view(t) if t.device.type != "meta" else i
-        if t.numel() and key in seen:
-            j = seen[key]
-            if [_view(s) for s in rows[i]] != [_view(s) for s in rows[j]] or coefficients[i] != coefficients[
-                j
-            ]:
-                raise ValueError(
-                    f"{names[j]} and {names[i]} are the same memory, but their sources or alphas differ"
-                )
-            continue
-        seen[key] = i
-        kept.append(i)
-    _check_separate(
-        names, targets, rows, [i for i in kept if targets[i].numel() and targets[i].device.type != "meta"]
-    )
-    return kept
-
-
-def _check_separate(
-    names: Sequence[str], targets: Sequence[Tensor], rows: Sequence[Sequence[Tensor]], kept: Sequence[int]
-) -> None:
-    """Compares ranges of addresses: what lies interleaved without sharing an element is refused as well."""
-    ranges = sorted((*memory_range(targets[i]), i) for i in kept)
-    for (_, stop, i), (start, _, j) in pairwise(ranges):
-        if start < stop:
-            raise ValueError(f"{names[i]} and {names[j]} cannot be overwritten: their memory ranges overlap")
-    starts = [start for start, _, _ in ranges]
-    for i in kept:
-        for s in rows[i]:
-            if s.numel() == 0 or _view(s) == _view(targets[i]):
-                continue
-            start, stop = memory_range(s)
-            before = bisect_left(starts, stop) - 1  # the last target that begins before the source ends
-            if before >= 0 and ranges[before][1] > start:
-                raise ValueError(
-                    f"{names[ranges[before][2]]} cannot be overwritten: "
-                    f"the memory range of the source of {names[i]} overlaps; pass a clone"
-                )
-
-
-def _view(t: Tensor) -> Any:
-    return t.data_ptr(), t.dtype, t.shape, t.stride()

@@ -79,25 +79,6 @@ def forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
-def memory_range(t: Tensor) -> tuple[int, int]:
-    """The addresses of a tensor's first byte and of the byte past its last."""
-    reach = sum(stride * (size - 1) for stride, size in zip(t.stride(), t.shape, strict=True))
-    return t.data_ptr(), t.data_ptr() + (reach + 1) * t.element_size() if t.numel() else t.data_ptr()
-
-
-def overlaps_itself(t: Tensor) -> bool:
-    """Whether two indices of ``t`` may be the same memory (an expanded tensor): such a tensor cannot be written."""
-    if t.is_contiguous():
-        return False
-    reach = 0
-    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
-        if size > 1:
-            if stride <= reach:
-                return True
-            reach += stride * (size - 1)
-    return False
-
-
 def shape(t: Tensor) -> str:
     """The shape as people write it."""
     return str(list(t.shape))

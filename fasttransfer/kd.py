@@ -14,10 +14,10 @@ from fasttransfer.checks import (
     check_number,
     check_tensor,
     forward_mode,
-    overlaps_itself,
     shape,
     values_visible,
 )
+from fasttransfer.memory import overlaps_itself
 from fasttransfer.ops.kd import KDFunction, KDInplaceFunction, kd_op
 
 NumItems = int | float | Tensor | Sequence[float]

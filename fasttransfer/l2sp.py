@@ -13,10 +13,10 @@ from fasttransfer.checks import (
     check_number,
     check_tensor,
     forward_mode,
-    overlaps_itself,
     shape,
     usable,
 )
+from fasttransfer.memory import overlaps_itself
 from fasttransfer.names import Tensors, check_patterns, collect, match, matches
 from fasttransfer.ops.blend import blend_inplace_op
 from fasttransfer.ops.l2sp import L2SPFunction, difference, l2sp_add_grad_op, l2sp_value_op

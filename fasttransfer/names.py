@@ -21,16 +21,11 @@ class Collection(NamedTuple):
     kind: str  # "tensor", "list" or "named"
     tensors: dict[str, Tensor]  # by name, or by position; tied parameters of a module once
     aliases: dict[str, Tensor]  # as tensors, and tied parameters under all their names
+    ties: dict[str, list[str]]  # of a name in tensors, the other names in aliases
 
     def names_of(self, name: str) -> list[str]:
         """All names of a tensor: its own first, then those of the parameters tied to it."""
-        t = self.tensors[name]
-        return [name, *(other for other, x in self.aliases.items() if x is t and other != name)]
-
-    @property
-    def tied(self) -> bool:
-        """Whether a tensor has more than one name."""
-        return len(self.aliases) > len(self.tensors)
+        return [name, *self.ties.get(name, ())]
 
     @property
     def named(self) -> bool:
@@ -44,6 +39,19 @@ class Collection(NamedTuple):
         return f"{self.argument}[{name!r}]" if self.named else f"{self.argument}[{name}]"
 
 
+class Labels(Sequence[str]):
+    """What errors call the tensors of these names; made only when an error is."""
+
+    def __init__(self, found: Collection, names: Sequence[str]) -> None:
+        self._found, self._names = found, names
+
+    def __getitem__(self, i: Any) -> Any:
+        return self._found.label(self._names[i])
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 def collect(argument: str, value: Any, *, buffers: bool = False) -> Collection:
     """The tensors of an argument: of a tensor, a list or an iterator, a mapping, or a module.
 
@@ -53,19 +61,9 @@ def collect(argument: str, value: Any, *, buffers: bool = False) -> Collection:
         TypeError: Something else, or a collection that holds something else than tensors.
     """
     if isinstance(value, Tensor):
-        return Collection(argument, "tensor", {"0": value}, {"0": value})
+        return Collection(argument, "tensor", {"0": value}, {"0": value}, {})
     if isinstance(value, nn.Module):
-        tensors: dict[str, Tensor] = {}
-        tensors.update(value.named_parameters())
-        aliases: dict[str, Tensor] = {}
-        aliases.update(value.named_parameters(remove_duplicate=False))
-        if buffers:
-            persistent = value.state_dict(keep_vars=True)
-            tensors.update((name, t) for name, t in value.named_buffers() if name in persistent)
-            aliases.update(
-                (name, t) for name, t in value.named_buffers(remove_duplicate=False) if name in persistent
-            )
-        return Collection(argument, "named", tensors, aliases)
+        return _of_module(argument, value, buffers)
     if isinstance(value, Mapping):
         kind, found_tensors = "named", dict(value)
     elif isinstance(value, Iterable) and not isinstance(value, (str, bytes)):
@@ -75,7 +73,7 @@ def collect(argument: str, value: Any, *, buffers: bool = False) -> Collection:
             f"{argument} must be a tensor, a list of tensors, a dict of tensors or a module, "
             f"got {type(value).__name__}"
         )
-    found = Collection(argument, kind, found_tensors, found_tensors)
+    found = Collection(argument, kind, found_tensors, found_tensors, {})
     for name, t in found_tensors.items():
         if not isinstance(name, str):
             raise TypeError(f"the names of {argument} must be strings, got {name!r}")
@@ -84,8 +82,29 @@ def collect(argument: str, value: Any, *, buffers: bool = False) -> Collection:
     return found
 
 
-def match(a: Collection, b: Collection, *, shapes: bool = True) -> list[Tensor]:
+def _of_module(argument: str, module: nn.Module, buffers: bool) -> Collection:
+    found = Collection(argument, "named", {}, {}, {})
+    first: dict[int, str] = {}
+    owners = list(module.named_modules(remove_duplicate=False))
+    for kind in ("_parameters", "_buffers") if buffers else ("_parameters",):
+        for prefix, owner in owners:
+            for leaf, t in getattr(owner, kind).items():
+                if t is None or (kind == "_buffers" and leaf in owner._non_persistent_buffers_set):
+                    continue
+                name = f"{prefix}.{leaf}" if prefix else leaf
+                found.aliases[name] = t
+                known = first.setdefault(id(t), name)
+                if known == name:
+                    found.tensors[name] = t
+                else:
+                    found.ties.setdefault(known, []).append(name)
+    return found
+
+
+def match(a: Collection, b: Collection, *, transformed: Sequence[Any] | None = None) -> list[Tensor]:
     """The tensors of ``b`` in the order of ``a``: the same names (positions), shape for shape.
+
+    ``transformed`` tells, in the order of ``a``, what is not None and will change the shape first.
 
     Raises:
         TypeError: Collections of different kinds.
@@ -104,10 +123,9 @@ def match(a: Collection, b: Collection, *, shapes: bool = True) -> list[Tensor]:
         parts = [f"it lacks {_some(missing)}"] * bool(missing) + [f"it also has {_some(extra)}"] * bool(extra)
         raise ValueError(f"{b.argument} must have the names of {a.argument}: {'; '.join(parts)}")
     matched = [b.aliases[name] for name in a.tensors]
-    if a.tied:
-        _check_tied(a, b)
-    for (name, x), y in zip(a.tensors.items(), matched, strict=True):
-        if shapes and x.shape != y.shape:
+    _check_tied(a, b)
+    for i, ((name, x), y) in enumerate(zip(a.tensors.items(), matched, strict=True)):
+        if x.shape != y.shape and (transformed is None or transformed[i] is None):
             raise ValueError(f"{b.label(name)} has shape {shape(y)}, {a.label(name)} has {shape(x)}")
         if x.device != y.device:
             raise ValueError(f"{b.label(name)} is on {y.device}, {a.label(name)} on {x.device}")
@@ -116,9 +134,9 @@ def match(a: Collection, b: Collection, *, shapes: bool = True) -> list[Tensor]:
 
 def _check_tied(a: Collection, b: Collection) -> None:
     """What ``a`` ties, ``b`` may not tell apart: one of its two tensors would be dropped without a word."""
-    for name in a.tensors:
+    for name, others in a.ties.items():
         first = b.aliases[name]
-        for other in a.names_of(name)[1:]:
+        for other in others:
             t = b.aliases.get(other, first)
             same = t is first or t.data_ptr() == first.data_ptr()
             if not same and values_visible(t) and values_visible(first) and not torch.equal(t, first):
@@ -171,7 +189,7 @@ def by_name(
     check_patterns(argument, tuple(value), found.aliases)
     values = []
     for name in names:
-        aliases = found.names_of(name) if found.tied else [name]
+        aliases = found.names_of(name)
         hits = (v for pattern, v in value.items() if any(matches(alias, (pattern,)) for alias in aliases))
         hit = next(hits, default)
         if hit is ...:

@@ -33,8 +33,8 @@ struct KdScratch {
   F* exp_s;  // [columns, padded to a vector]
   F* exp_t;
   F* exp_1;
-  F* ref_s;  // [blocks]: what each block's exponentials are relative to
-  F* ref_t;
+  F* max_s;  // [blocks]: the running maxima that each block's exponentials are relative to
+  F* max_t;
   F* staged_s;  // [kKdBlock]
   F* staged_t;
 
@@ -45,8 +45,8 @@ struct KdScratch {
     exp_1 = exp_t + padded;
     staged_s = exp_1 + padded;
     staged_t = staged_s + kKdBlock;
-    ref_s = staged_t + kKdBlock;
-    ref_t = ref_s + padded / kKdBlock;
+    max_s = staged_t + kKdBlock;
+    max_t = max_s + padded / kKdBlock;
   }
 
   static int64_t bytes(int64_t columns) {
@@ -293,6 +293,12 @@ FT_HD double half_scale(double bound) {
   return ldexp(1.0, k > 100 ? 100 : k < -100 ? -100 : k);
 }
 
+// What a block's exponentials are multiplied by to be relative to the row's maximum; a block without a finite element
+// so far has none, and no reference to speak of.
+FT_HD double to_row(double block_max, double row_ref, double inv_t) {
+  return block_max == neg_inf<double>() ? 0 : rescale(block_max, row_ref, inv_t);
+}
+
 template <class F, class Policy, bool kTeacher, bool kHot>
 FT_HD void write_grad(const KdCall& call, const KdRow& row, const RowStat<double>& stat, const KdScratch<F>& scratch,
                       bool valid, double scale) {
@@ -314,9 +320,9 @@ FT_HD void write_grad(const KdCall& call, const KdRow& row, const RowStat<double
       for (int64_t begin = 0, k = 0; begin < columns; begin += kKdBlock, ++k) {
         const int64_t n = columns - begin < kKdBlock ? columns - begin : kKdBlock;
         // Without a separate exp_1 the student's exponentials are the label term's as well (T = 1).
-        const double to_s = rescale(double(scratch.ref_s[k]), ref_s, kTeacher ? row.inv_t : 1.0);
-        const double to_1 = kHot ? rescale(double(scratch.ref_s[k]), ref_s, 1.0) : 0;
-        const double to_t = kTeacher ? rescale(double(scratch.ref_t[k]), ref_t, row.inv_t) : 0;
+        const double to_s = to_row(scratch.max_s[k], ref_s, kTeacher ? row.inv_t : 1.0);
+        const double to_1 = kHot ? to_row(scratch.max_s[k], ref_s, 1.0) : 0;
+        const double to_t = kTeacher ? to_row(scratch.max_t[k], ref_t, row.inv_t) : 0;
         const GradFactors<F> f{F((on_s + (kHot ? 0 : on_1)) * to_s), F(on_t * to_t), F(on_1 * to_1), F(constant)};
         grad_block<F, S, kTeacher, kHot>(f, scratch.exp_s + begin, scratch.exp_t + begin, scratch.exp_1 + begin, n,
                                          grad + begin * call.grad_stride, call.grad_stride, call.stream);
@@ -324,11 +330,11 @@ FT_HD void write_grad(const KdCall& call, const KdRow& row, const RowStat<double
       if (row.label_weight != 0) {
         // The label's own logit: one rounding of the whole value, not a correction of a rounded one.
         const int64_t y = row.label, k = y / kKdBlock;
-        const double to_s = rescale(double(scratch.ref_s[k]), ref_s, kTeacher ? row.inv_t : 1.0);
+        const double to_s = to_row(scratch.max_s[k], ref_s, kTeacher ? row.inv_t : 1.0);
         const double es = scratch.exp_s[y] * to_s;
         double g = on_s * es + constant - row.label_weight * scale * (1 - smoothing);
-        g += on_1 * (kHot ? scratch.exp_1[y] * rescale(double(scratch.ref_s[k]), ref_s, 1.0) : es);
-        if constexpr (kTeacher) g += on_t * scratch.exp_t[y] * rescale(double(scratch.ref_t[k]), ref_t, row.inv_t);
+        g += on_1 * (kHot ? scratch.exp_1[y] * to_row(scratch.max_s[k], ref_s, 1.0) : es);
+        if constexpr (kTeacher) g += on_t * scratch.exp_t[y] * to_row(scratch.max_t[k], ref_t, row.inv_t);
         fill<F>(grad, y, y + 1, call.grad_stride, F(g));
       }
     }
@@ -366,8 +372,8 @@ KdRowLoss kd_row_as(const KdCall& call, const KdRow& row, void* memory) {
     // The running maxima: most blocks then need no rescaling when they are merged.
     max_s = block_s > max_s ? block_s : max_s;
     max_t = block_t > max_t ? block_t : max_t;
-    scratch.ref_s[k] = reference(max_s);
-    scratch.ref_t[k] = reference(max_t);
+    scratch.max_s[k] = max_s;
+    scratch.max_t[k] = max_t;
     const RowStat<double> block =
         sweep<F, Policy, kTeacher, kHot, kSave>(s, t, n, max_s, max_t, scale, scale_1, next_s, next_t,
                                                 scratch.exp_s + begin, scratch.exp_t + begin, scratch.exp_1 + begin);

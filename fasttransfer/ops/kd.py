@@ -242,7 +242,7 @@ def _kd_reference_(student: Tensor, teacher: Tensor, *args: Any) -> tuple[Tensor
 
 
 def _rowwise(factor: Tensor, grad: Tensor) -> Tensor:
-    return factor.reshape(grad.shape[:-1])[..., None] if factor.numel() > 1 else factor.reshape(())
+    return factor.reshape(grad.shape[:-1])[..., None] if factor.dim() else factor
 
 
 def _scaled(grad: Tensor, upstream: Tensor, grad_scale: Tensor) -> Tensor:
