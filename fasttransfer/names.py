@@ -168,7 +168,13 @@ def check_patterns(argument: str, patterns: Any, names: Iterable[str]) -> tuple[
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
     """Whether a name is, or matches, one of the glob patterns."""
-    return any(name == pattern or fnmatchcase(name, pattern) for pattern in patterns)
+    return any(name == pattern or _glob(name, pattern) for pattern in patterns)
+
+
+@torch.compiler.assume_constant_result
+def _glob(name: str, pattern: str) -> bool:
+    """Dynamo cannot trace fnmatch, and need not: of strings, the answer is a constant."""
+    return fnmatchcase(name, pattern)
 
 
 def by_name(
