@@ -196,6 +196,25 @@ def test_jacobian(backend, batch):
         assert jacobian[i].count_nonzero() == jacobian[i, i].count_nonzero()
 
 
+@pytest.mark.filterwarnings(
+    "ignore:There is a performance drop", "ignore:.*autograd kernel was not registered"
+)
+def test_vmap_is_right_or_refused(backend, batch):
+    """Also where the gradient is taken outside of vmap: not None without a word."""
+    s, t, _ = batch
+    exact_loss, exact = oracle.kd(s, t, reduction="none")
+    losses = torch.vmap(lambda x, y: kd_loss(x, y))(s, t)
+    oracle.assert_norm_close(losses, exact_loss)
+    leaf = s.clone().requires_grad_()
+    try:
+        torch.vmap(lambda x, y: kd_loss(x, y))(leaf, t).sum().backward()
+    except RuntimeError:
+        assert leaf.grad is None
+    else:
+        assert leaf.grad is not None, "the gradient was dropped"
+        oracle.assert_norm_close(leaf.grad, exact)
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, on the first use of jvp
 def test_forward_mode_is_refused(backend, batch):
     """No tangent of 0 without a word."""

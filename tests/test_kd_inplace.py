@@ -181,6 +181,17 @@ def test_overwritten_gradient_is_torchs_error(backend):
         loss.backward()
 
 
+def test_backward_that_scales_the_logits_bumps_their_version(backend):
+    """The logits hold the gradient, so backward changes them where its upstream gradient is not 1."""
+    w, x, t = torch.randn(3, 9, requires_grad=True), torch.randn(3, 9, requires_grad=True), torch.randn(3, 9)
+    logits = x * 1
+    loss = kd_loss(logits, t, inplace=True)
+    saved = (w * logits.detach()).sum()
+    (3 * loss).backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        saved.backward()
+
+
 def test_second_backward(backend):
     """retain_graph leaves the stored gradient as it is."""
     s, t = torch.randn(3, 9), torch.randn(3, 9)
@@ -193,8 +204,24 @@ def test_second_backward(backend):
     torch.testing.assert_close(leaf.grad, 6 * expected)
 
 
+def leaf_that_is_a_view(x, t):
+    memory = x * 1
+    with torch.no_grad():
+        view = memory.view(3, 9)
+    return view.requires_grad_(), t
+
+
+def retains_its_gradient(x, t):
+    logits = x * 1
+    logits.retain_grad()
+    return logits, t
+
+
 REFUSED = {
     "leaf": (lambda x, t: (x, t), "leaf"),
+    "leaf that is a view of a result": (leaf_that_is_a_view, "leaf"),
+    # torch cannot keep a gradient for a tensor that a function with several outputs overwrites: an internal assert.
+    "retain_grad": (retains_its_gradient, "retain_grad"),
     "view of a part": (lambda x, t: ((x * 1)[:2], t[:2]), "view"),
     "columns of a part": (lambda x, t: ((x * 1)[:, :5], t[:, :5]), "view"),
     "transposed view": (lambda x, t: ((x.T * 1).T, t), "view"),
