@@ -194,6 +194,18 @@ def test_a_nan_at_every_column_is_seen(backend):
     )
 
 
+@pytest.mark.parametrize("teacher_counts", [True, False])
+def test_unchecked_label_out_of_range_is_nan_in_its_row(backend, teacher_counts):
+    """Where values are not looked at (compiled code, devices), a wrong label must not read other memory."""
+    s, t = logits(5, 20)
+    labels = torch.tensor([0, 20, -1, 19, 2**62])
+    options = [[], 2.0, 0.5 if teacher_counts else 1.0, 0.1, -100, False, 20, "none", True]
+    loss, grad, _ = torch.ops.fasttransfer.kd(s, t, labels, None, None, None, *options, True)
+    assert loss.isnan().tolist() == [False, True, True, False, True]
+    assert grad.isnan().all(-1).tolist() == [False, True, True, False, True]
+    assert grad[[0, 3]].isfinite().all()
+
+
 def test_teacher_is_not_read_where_only_labels_count(backend):
     s, t = logits(4, 30)
     labels = torch.randint(30, (4,))
