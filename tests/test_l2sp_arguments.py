@@ -219,3 +219,15 @@ def test_a_tensor_that_is_no_leaf():
     w = ones(3, requires_grad=True)
     with pytest.raises((TypeError, ValueError), match=re.escape("params[0]")):
         l2sp_add_grad_([w * 2], [torch.zeros(3)], 1.0)
+
+
+@pytest.mark.parametrize(
+    "views", [lambda m: [m[:5], m[3:]], lambda m: [m, m.view(8)]], ids=["shifted", "same"]
+)
+def test_prox_of_parameters_that_share_memory(views):
+    """Would be pulled twice, by two threads."""
+    memory = torch.ones(8)
+    params = [v.detach().requires_grad_() for v in views(memory)]
+    with pytest.raises(ValueError, match="memory"):
+        l2sp_prox_(params, [torch.zeros_like(p) for p in params], 1.0, 0.5)
+    assert torch.equal(memory, torch.ones(8))
