@@ -11,12 +11,12 @@ from torch.nn import functional as F
 
 from fasttransfer.checks import (
     FLOATS,
+    all_usable,
     check_choice,
     check_number,
     check_tensor,
     forward_mode,
     shape,
-    usable,
 )
 from fasttransfer.memory import written_once
 from fasttransfer.names import Collection, Labels, Tensors, by_name, collect, match
@@ -183,12 +183,16 @@ class _Plan:
             if is_buffer and buffers == "copy":
                 self.copies.append((t, _copyable(row[0], t, others[0].label(name))))
             elif not integer and not (is_buffer and buffers == "keep"):
-                if not usable(t):
-                    check_tensor(self.given.label(name), t)
                 self.names.append(name)
                 self.targets.append(t)
-                mapped = zip(row, others, strict=True)
-                self.rows.append([_mapped(transforms[i], s, t, other, name) for s, other in mapped])
+                self.rows.append(row)
+                if transforms[i] is not None:
+                    mapped = zip(row, others, strict=True)
+                    self.rows[-1] = [_mapped(transforms[i], s, t, other, name) for s, other in mapped]
+        if not all_usable([*self.targets, *(s for row in self.rows for s in row)]):
+            for name, t, row in zip(self.names, self.targets, self.rows, strict=True):
+                for found, x in zip((self.given, *others), (t, *row), strict=True):
+                    check_tensor(found.label(name), x)
         self.alpha, self.alpha_tensor = _coefficients("alpha", alpha, self.given, self.names)
         self.scale, self.scale_tensor = _coefficients("source_scale", source_scale, self.given, self.names)
 
@@ -244,10 +248,7 @@ class _Plan:
 
 def _mapped(transform: Any, source: Tensor, target: Tensor, other: Collection, name: str) -> Tensor:
     """The source, transformed and checked against its target."""
-    if not usable(source):
-        check_tensor(other.label(name), source)
-    if transform is None:
-        return source
+    check_tensor(other.label(name), source)
     mapped = _apply(transform, source)
     check_tensor(f"the transformed {other.label(name)}", mapped)
     if mapped.shape != target.shape:
@@ -311,8 +312,10 @@ def _coefficients(
     argument: str, value: Any, given: Collection, names: Sequence[str]
 ) -> tuple[list[float], Tensor | None]:
     """One value per blended target: numbers, or a tensor ``[targets]`` as soon as one of them is a tensor."""
-    if value is None:
+    if value is None and argument == "source_scale":
         return [], None
+    if not isinstance(value, (Tensor, Mapping)):
+        return [check_number(argument, value, float("-inf"))] * len(names), None
     values = by_name(argument, value, given, names)
     if not any(isinstance(v, Tensor) for v in values):
         return [check_number(argument, v, float("-inf")) for v in values], None

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_FLOAT_SET = frozenset(FLOATS)
+_STRIDED = frozenset({torch.strided})
 _FLOAT_NAMES = "float32, bfloat16, float16 or float64"
 
 # Values (label range, positive temperature) are always checked on the CPU. On another device that would wait for
@@ -32,9 +34,13 @@ def check_tensor(
         raise TypeError(f"{name} must be a dense (strided) tensor, got {layout}")
 
 
-def usable(t: Tensor) -> bool:
-    """What check_tensor accepts, without its words: for lists of hundreds of tensors."""
-    return t.dtype in FLOATS and t.layout is torch.strided and not t.is_nested
+def all_usable(tensors: Sequence[Tensor]) -> bool:
+    """Whether check_tensor accepts them all: for lists of hundreds of tensors, without words."""
+    return (
+        {t.dtype for t in tensors} <= _FLOAT_SET
+        and {t.layout for t in tensors} <= _STRIDED
+        and not any(t.is_nested for t in tensors)
+    )
 
 
 def check_number(

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from fasttransfer.checks import (
     FLOATS,
+    all_usable,
     check_number,
     check_tensor,
     forward_mode,
     shape,
-    usable,
 )
 from fasttransfer.memory import overlaps_itself
 from fasttransfer.names import Tensors, check_patterns, collect, match, matches
@@ -312,8 +312,9 @@ def _check_pairs(params: Tensors, start: Tensors, strength: float) -> _Selection
         raise ValueError("params holds no tensors")
     starts = match(given, points)
     seen: dict[int, str] = {}
+    fine = all_usable([*given.tensors.values(), *starts])
     for (name, p), p0 in zip(given.tensors.items(), starts, strict=True):
-        if not (usable(p) and usable(p0)):
+        if not fine:
             check_tensor(given.label(name), p)
             check_tensor(points.label(name), p0)
         if seen.setdefault(id(p), name) is not name:

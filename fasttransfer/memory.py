@@ -43,6 +43,8 @@ def written_once(
             source that overlaps a target otherwise than as that target itself, an inference tensor outside of
             inference mode.
     """
+    if _plainly_separate(targets, [s for row in rows for s in row]):
+        return list(range(len(targets)))
     for i, t in enumerate(targets):
         if overlaps_itself(t):
             raise ValueError(f"{labels[i]} cannot be overwritten: its elements overlap in memory (expanded?)")
@@ -53,6 +55,25 @@ def written_once(
     kept = _without_tied(labels, targets, rows, coefficients)
     _check_separate(labels, targets, rows, kept)
     return kept
+
+
+def _plainly_separate(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> bool:
+    """Whether all is contiguous and no target touches anything else: the usual case, without a look at each tensor."""
+    tensors = [*targets, *sources]
+    if not all(map(Tensor.is_contiguous, tensors)) or any(map(Tensor.is_inference, targets)):
+        return False
+    ranges = sorted(
+        (start, start + t.nbytes, i < len(targets))
+        for i, (start, t) in enumerate(zip(map(Tensor.data_ptr, tensors), tensors, strict=True))
+    )
+    target_end = end = 0
+    for start, stop, is_target in ranges:
+        if start < (end if is_target else target_end):
+            return False
+        end = max(end, stop)
+        if is_target:
+            target_end = end
+    return True
 
 
 def _without_tied(

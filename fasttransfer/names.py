@@ -124,6 +124,9 @@ def match(a: Collection, b: Collection, *, transformed: Sequence[Any] | None = N
         raise ValueError(f"{b.argument} must have the names of {a.argument}: {'; '.join(parts)}")
     matched = [b.aliases[name] for name in a.tensors]
     _check_tied(a, b)
+    own = a.tensors.values()
+    if [x.shape for x in own] == [y.shape for y in matched] and len({t.device for t in (*own, *matched)}) < 2:
+        return matched
     for i, ((name, x), y) in enumerate(zip(a.tensors.items(), matched, strict=True)):
         if x.shape != y.shape and (transformed is None or transformed[i] is None):
             raise ValueError(f"{b.label(name)} has shape {shape(y)}, {a.label(name)} has {shape(x)}")

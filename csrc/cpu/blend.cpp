@@ -20,11 +20,14 @@ class Values {
   Values(const std::vector<double>& constants, const OptTensor& tensor, size_t n) {
     if (tensor) {
       const Tensor t = torch::stable::contiguous(*tensor);
+      STD_TORCH_CHECK(size_t(t.numel()) == n && (is_double(t) || t.scalar_type() == ScalarType::Float),
+                      "fasttransfer::blend: a tensor of coefficients must be float32 or float64, one per target");
       for (size_t i = 0; i < n; ++i) {
         values_.push_back(is_double(t) ? t.const_data_ptr<double>()[i] : double(t.const_data_ptr<float>()[i]));
       }
     } else {
       values_ = constants;
+      STD_TORCH_CHECK(values_.empty() || values_.size() == n, "fasttransfer::blend: one coefficient per target");
     }
   }
   bool given() const { return !values_.empty(); }
@@ -82,6 +85,7 @@ void run(const std::vector<Tensor>& outs, const std::vector<Tensor>& targets, co
   STD_TORCH_CHECK(!weights.empty() && sources.size() == n * weights.size(),
                   "fasttransfer::blend: one source per target and weight");
   const Values alphas(alpha, alpha_tensor, n), scales(scale, scale_tensor, n);
+  STD_TORCH_CHECK(n == 0 || alphas.given(), "fasttransfer::blend: alpha is missing");
   std::vector<Item> items;
   std::vector<int64_t> sizes;
   for (size_t i = 0; i < n; ++i) {

@@ -143,6 +143,10 @@ std::tuple<Tensor, Tensor> run(const Tensor& student, const Tensor& teacher, con
   Tensor grad_scale = torch::stable::new_empty(student, {&scale_size, 1}, ScalarType::Float);
   float* const grad_scales = half_grad ? grad_scale.mutable_data_ptr<float>() : nullptr;
 
+  const auto fits = [rows](const OptTensor& t) { return !t || t->numel() == rows; };
+  STD_TORCH_CHECK(fits(labels) && fits(row_weight) && fits(row_temperature) && (!num_items || num_items->numel() > 0),
+                  "fasttransfer::kd: labels, row_weight and row_temperature must have one value per row");
+  STD_TORCH_CHECK(!labels || labels->scalar_type() == ScalarType::Long, "fasttransfer::kd: labels must be int64");
   const RowInputs in(row_weight, row_temperature, labels, options);
   const Divisors inverse = inverse_divisors(in, options, num_items, rows, sizes.size() > 1 ? sizes[0] : 1);
 
@@ -247,12 +251,15 @@ void scale_rows(const Tensor& grad, const Tensor& upstream, const Tensor& grad_s
   const Rows in_rows(grad), out_rows(out);
   const RowValues up(upstream, 1), scale(grad_scale.numel() ? OptTensor(grad_scale) : std::nullopt, 1);
   const bool per_row = upstream.numel() > 1;
+  const int64_t rows = in_rows.count();
+  STD_TORCH_CHECK(
+      (upstream.numel() == 1 || upstream.numel() == rows) && (grad_scale.numel() == 0 || grad_scale.numel() == rows),
+      "fasttransfer::kd_scale: upstream and grad_scale must have one value, or one per row");
   const bool in_place = grad.const_data_ptr() == out.const_data_ptr();
   const KdScale call{dtype_of(grad), in_rows.width(), in_rows.column_stride(), out_rows.column_stride()};
   const char* const p = static_cast<const char*>(grad.const_data_ptr());
   char* const q = static_cast<char*>(out.mutable_data_ptr());
   const Kernels& kernel = kernels();
-  const int64_t rows = in_rows.count();
   const int64_t grain = std::max<int64_t>(1, kGrainLogits / std::max<int64_t>(1, call.columns));
   // The usual case, loss.backward(): nothing to do, and no thread woken to find that out.
   if (in_place && !per_row && grad_scale.numel() == 0 && (rows == 0 || up[0] == 1)) return;

@@ -90,6 +90,8 @@ Tensor scalar(const std::vector<Tensor>& params, double value) {
 }
 
 double read_scalar(const Tensor& t) {
+  STD_TORCH_CHECK(t.numel() == 1 && (is_double(t) || t.scalar_type() == ScalarType::Float),
+                  "fasttransfer::l2sp: a scale must be one float32 or float64 value");
   return is_double(t) ? *t.const_data_ptr<double>() : double(*t.const_data_ptr<float>());
 }
 
