@@ -15,10 +15,10 @@ from fasttransfer.checks import (
     check_choice,
     check_number,
     check_tensor,
-    forward_mode,
     shape,
+    transformed,
 )
-from fasttransfer.memory import written_once
+from fasttransfer.memory import overlaps_itself, written_once
 from fasttransfer.names import Collection, Labels, Tensors, by_name, collect, match
 from fasttransfer.ops.blend import BlendFunction, blend_inplace_op, blend_op
 
@@ -54,8 +54,8 @@ def blend(
 
     Returns:
         The same kind as ``target`` (a list for a list or tuple), in the targets' dtypes and with their strides'
-        order; for a module, a dict of parameters and buffers for ``torch.func.functional_call``. Accumulated in fp32
-        (fp64 if an operand is), rounded once. Integer and bool entries of dicts, and integer buffers, are the
+        order; for a module, a dict of parameters and (without a graph) buffers, for ``torch.func.functional_call``.
+        Accumulated in fp32 (fp64 if an operand is), rounded once. Integer and bool entries of dicts, and integer buffers, are the
         target's.
 
     Raises:
@@ -204,7 +204,7 @@ class _Plan:
         coefficients = [t for t in (self.alpha_tensor, self.scale_tensor) if t is not None]
         args = self.alpha, self.alpha_tensor, self.scale, self.scale_tensor, self.weights
         recording = torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, *coefficients))
-        if recording or forward_mode():
+        if recording or transformed():
             return list(BlendFunction.apply(len(self.targets), *args, *inputs))
         return list(blend_op(self.targets, inputs[len(self.targets) :], *args))
 
@@ -264,6 +264,10 @@ def _copyable(source: Tensor, target: Tensor, where: str) -> Tensor:
     if source.dtype != target.dtype and not (source.is_floating_point() and target.is_floating_point()):
         raise TypeError(
             f"{where} is {source.dtype}, its target {target.dtype}: a copy would change its values"
+        )
+    if overlaps_itself(target):
+        raise ValueError(
+            f"the target of {where} cannot be overwritten: its elements overlap in memory (expanded?)"
         )
     return source
 

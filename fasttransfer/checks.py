@@ -80,9 +80,14 @@ def values_visible(t: Tensor) -> bool:
     return t.device.type == "cpu" or _CHECK_DEVICES
 
 
-def forward_mode() -> bool:
-    """Whether forward-mode differentiation is on: a plain dispatcher call would drop the tangents without a word."""
-    return forward_ad._current_level >= 0
+def transformed() -> bool:
+    """Whether forward-mode differentiation or a torch.func transform is on.
+
+    A plain dispatcher call would drop tangents and gradients without a word; an autograd.Function says that it cannot.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def shape(t: Tensor) -> str:

@@ -13,8 +13,8 @@ from fasttransfer.checks import (
     check_flag,
     check_number,
     check_tensor,
-    forward_mode,
     shape,
+    transformed,
     values_visible,
 )
 from fasttransfer.memory import overlaps_itself
@@ -108,7 +108,8 @@ def kd_loss(
         teacher_logits: ``[..., V]``, same leading dimensions and device; its dtype may differ. It is a constant:
             where gradients are recorded it must not require one.
         labels: ``[...]`` int64 class indices, or None.
-        temperature: ``T > 0`` (1e-30 to 1e30); a number, or a float tensor ``[...]`` with one temperature per row.
+        temperature: ``T > 0`` (1e-30 to 1e30); a number, or a float tensor ``[...]`` with one temperature per row. In
+            fp32 the divergence is accurate to 1e-7 absolute, so with ``T^2`` to ``1e-7 T^2``.
         label_weight: Weight of the label term in [0, 1]. Must be given with ``labels`` (0.0: labels only say which
             rows are ignored), must not be given without.
         ignore_index: Label of an ignored row.
@@ -256,7 +257,7 @@ def _kd(
             "teacher_logits requires grad, but the teacher is a constant of kd_loss: "
             "compute it under torch.no_grad() or pass teacher_logits.detach()"
         )
-    if not (recording and student.requires_grad) and not forward_mode():
+    if not (recording and student.requires_grad) and not transformed():
         return kd_op(student, teacher, *args, False)[0]
     # Under torch.compile the compiler plans the memory: an op that mutates would only be made functional again.
     if options.inplace and student.requires_grad and not torch.compiler.is_compiling():
@@ -410,8 +411,12 @@ def _check_inplace(student: Tensor, teacher: Tensor) -> Tensor:
                 "leading dimensions are taken; shift labels rather than logits)"
             )
         memory = base
-    if memory.is_leaf:
+    if memory.is_leaf or student.is_leaf:
         raise ValueError("inplace=True would overwrite student_logits, which is a leaf that requires grad")
+    if memory.retains_grad or student.retains_grad:
+        raise ValueError(
+            "inplace=True cannot be used after student_logits.retain_grad(): the logits become the gradient"
+        )
     if overlaps_itself(student):
         raise ValueError(
             "inplace=True cannot overwrite student_logits: its elements overlap in memory (expanded?)"

@@ -13,10 +13,10 @@ from fasttransfer.checks import (
     all_usable,
     check_number,
     check_tensor,
-    forward_mode,
     shape,
+    transformed,
 )
-from fasttransfer.memory import overlaps_itself
+from fasttransfer.memory import overlaps_itself, written_once
 from fasttransfer.names import Tensors, check_patterns, collect, match, matches
 from fasttransfer.ops.blend import blend_inplace_op
 from fasttransfer.ops.l2sp import L2SPFunction, difference, l2sp_add_grad_op, l2sp_value_op
@@ -329,7 +329,7 @@ def _penalty(selected: _Selection) -> Tensor:
     params, start, strength = selected[2:]
     if not params:
         return torch.zeros(())
-    if forward_mode() or (torch.is_grad_enabled() and any(p.requires_grad for p in params)):
+    if transformed() or (torch.is_grad_enabled() and any(p.requires_grad for p in params)):
         return L2SPFunction.apply(start, strength, *params)
     return l2sp_value_op(params, start, strength)
 
@@ -379,9 +379,10 @@ def _add_grad_(selected: _Selection, grad_scale: float | Tensor | None) -> Tenso
 @torch.no_grad()
 def _prox_(selected: _Selection, lr: float) -> None:
     """``(p + h p0)/(1 + h)`` is a blend with ``1/(1 + h)`` on ``p``; without a start point, of ``p`` and nothing."""
-    for name, p in zip(selected.names, selected.params, strict=True):
-        if overlaps_itself(p):
-            raise ValueError(f"{selected.label(name)} cannot be written: its elements overlap in memory")
+    if not torch.compiler.is_compiling():
+        labels = [selected.label(name) for name in selected.names]
+        rows = [[] if p0 is None else [p0] for p0 in selected.start]
+        written_once(labels, selected.params, rows, [object() for _ in labels])
     for has_start in (True, False):
         params, start, strength = selected.part([(p0 is not None) == has_start for p0 in selected.start])[2:]
         if params:

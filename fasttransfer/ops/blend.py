@@ -131,7 +131,15 @@ class BlendFunction(torch.autograd.Function):
         ctx.learned = learned
         ctx.save_for_backward(alpha_tensor, scale_tensor, *(tensors if learned else ()))
         ctx.set_materialize_grads(False)
-        return tuple(blend_op(tensors[:n], tensors[n:], alpha, alpha_tensor, scale, scale_tensor, weights))
+        outs = tuple(blend_op(tensors[:n], tensors[n:], alpha, alpha_tensor, scale, scale_tensor, weights))
+        if not learned:
+            # The outputs of one Function all require grad, or none does; batch_norm takes no statistics that do.
+            k = len(weights)
+            rows = ((tensors[i], *tensors[n + i * k : n + (i + 1) * k]) for i in range(n))
+            ctx.mark_non_differentiable(
+                *(out for out, row in zip(outs, rows, strict=True) if not any(t.requires_grad for t in row))
+            )
+        return outs
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:

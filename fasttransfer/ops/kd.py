@@ -313,10 +313,13 @@ kd_scale_inplace_op = define(
 _keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
-def _apply_upstream(grad: Tensor, upstream: Tensor, grad_scale: Tensor) -> Tensor:
+def _apply_upstream(grad: Tensor, upstream: Tensor, grad_scale: Tensor, *, shared: bool = False) -> Tensor:
     """The saved gradient times the upstream one: in place where this backward is the last one, else a new tensor."""
     if torch.compiler.is_compiling() or _keep_graph():
         return kd_scale_op(grad, upstream, grad_scale)
+    if shared:
+        kd_scale_inplace_op(grad, upstream, grad_scale)
+        return grad
     # Nobody else sees this tensor, so its version counter may stand still: counting takes longer than all the rest.
     with torch._C._AutoDispatchBelowADInplaceOrView():
         kd_scale_inplace_op(grad, upstream, grad_scale)
@@ -386,5 +389,6 @@ class KDInplaceFunction(torch.autograd.Function):
         memory, grad_scale = ctx.saved_tensors
         grad = memory.detach()
         if grad.shape == ctx.shape:
-            return (_apply_upstream(grad, upstream, grad_scale), *nothing)
-        return (_apply_upstream(grad.view(ctx.shape), upstream, grad_scale).view(memory.shape), *nothing)
+            return (_apply_upstream(grad, upstream, grad_scale, shared=True), *nothing)
+        scaled = _apply_upstream(grad.view(ctx.shape), upstream, grad_scale, shared=True)
+        return (scaled.view(memory.shape), *nothing)
