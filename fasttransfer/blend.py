@@ -15,8 +15,8 @@ from fasttransfer.checks import (
     check_choice,
     check_number,
     check_tensor,
+    hides_gradient,
     shape,
-    transformed,
 )
 from fasttransfer.memory import overlaps_itself, written_once
 from fasttransfer.names import Collection, Labels, Tensors, by_name, collect, match
@@ -55,8 +55,8 @@ def blend(
     Returns:
         The same kind as ``target`` (a list for a list or tuple), in the targets' dtypes and with their strides'
         order; for a module, a dict of parameters and (without a graph) buffers, for ``torch.func.functional_call``.
-        Accumulated in fp32 (fp64 if an operand is), rounded once. Integer and bool entries of dicts, and integer buffers, are the
-        target's.
+        Accumulated in fp32 (fp64 if an operand is), rounded once. Integer and bool entries of dicts, and integer
+        buffers, are the target's.
 
     Raises:
         TypeError: Something that is no floating tensor; alpha by name for tensors without names.
@@ -204,7 +204,7 @@ class _Plan:
         coefficients = [t for t in (self.alpha_tensor, self.scale_tensor) if t is not None]
         args = self.alpha, self.alpha_tensor, self.scale, self.scale_tensor, self.weights
         recording = torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, *coefficients))
-        if recording or transformed():
+        if recording or hides_gradient((*inputs, *coefficients)):
             return list(BlendFunction.apply(len(self.targets), *args, *inputs))
         return list(blend_op(self.targets, inputs[len(self.targets) :], *args))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Real
 from typing import Any
 
@@ -80,14 +80,23 @@ def values_visible(t: Tensor) -> bool:
     return t.device.type == "cpu" or _CHECK_DEVICES
 
 
-def transformed() -> bool:
-    """Whether forward-mode differentiation or a torch.func transform is on.
+def hides_gradient(tensors: Iterable[Tensor]) -> bool:
+    """Whether a gradient is wanted that ``requires_grad`` does not show: a tangent, or a gradient outside of a vmap.
 
-    A plain dispatcher call would drop tangents and gradients without a word; an autograd.Function says that it cannot.
+    A plain dispatcher call would drop it without a word; an autograd.Function says that it cannot.
     """
     if torch.compiler.is_compiling():
         return False
-    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    if forward_ad._current_level >= 0:
+        return True
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        return False
+    for t in tensors:
+        while torch._C._functorch.is_functorch_wrapped_tensor(t):
+            t = torch._C._functorch.get_unwrapped(t)
+            if t.requires_grad:
+                return True
+    return False
 
 
 def shape(t: Tensor) -> str:

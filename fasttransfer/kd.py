@@ -13,8 +13,8 @@ from fasttransfer.checks import (
     check_flag,
     check_number,
     check_tensor,
+    hides_gradient,
     shape,
-    transformed,
     values_visible,
 )
 from fasttransfer.memory import overlaps_itself
@@ -257,7 +257,7 @@ def _kd(
             "teacher_logits requires grad, but the teacher is a constant of kd_loss: "
             "compute it under torch.no_grad() or pass teacher_logits.detach()"
         )
-    if not (recording and student.requires_grad) and not transformed():
+    if not (recording and student.requires_grad) and not hides_gradient((student,)):
         return kd_op(student, teacher, *args, False)[0]
     # Under torch.compile the compiler plans the memory: an op that mutates would only be made functional again.
     if options.inplace and student.requires_grad and not torch.compiler.is_compiling():

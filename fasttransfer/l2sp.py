@@ -13,8 +13,8 @@ from fasttransfer.checks import (
     all_usable,
     check_number,
     check_tensor,
+    hides_gradient,
     shape,
-    transformed,
 )
 from fasttransfer.memory import overlaps_itself, written_once
 from fasttransfer.names import Tensors, check_patterns, collect, match, matches
@@ -329,7 +329,7 @@ def _penalty(selected: _Selection) -> Tensor:
     params, start, strength = selected[2:]
     if not params:
         return torch.zeros(())
-    if transformed() or (torch.is_grad_enabled() and any(p.requires_grad for p in params)):
+    if hides_gradient(params) or (torch.is_grad_enabled() and any(p.requires_grad for p in params)):
         return L2SPFunction.apply(start, strength, *params)
     return l2sp_value_op(params, start, strength)
 
