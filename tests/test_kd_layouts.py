@@ -61,6 +61,16 @@ def test_strided_logits(backend, view, dtype):
     check_kd(VIEWS[view](s), VIEWS[view](t), labels, **options)
 
 
+@pytest.mark.parametrize("far", [-1e4, 1e4])
+@pytest.mark.parametrize("columns", [7, 37])
+def test_strided_logits_far_from_zero(backend, columns, far):
+    """What a kernel puts into the lanes beyond the row's end must not become its maximum."""
+    s, t = far + torch.randn(ROWS, columns), far + torch.randn(ROWS, columns)
+    labels = torch.randint(columns, (ROWS,))
+    for view in VIEWS.values():
+        check_kd(view(s), view(t), labels, label_weight=0.4, temperature=2.0, reduction="none")
+
+
 def test_all_but_the_last_position(backend):
     """logits[:, :-1] of a language model: three dimensions that do not merge into rows of one stride."""
     s, t = torch.randn(3, 5, 40), torch.randn(3, 5, 40)

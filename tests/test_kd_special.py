@@ -143,9 +143,18 @@ def test_large_logits_beside_a_block_of_minus_inf(backend):
 
 # ------------------------------------------------------------------------------------- rows without a softmax
 
+
+def all_ones(row):
+    """Another NaN than float("nan"): every bit of its payload is set."""
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[row.element_size()]
+    row.view(bits)[7] = -1
+    return row
+
+
 BROKEN = {
     "NaN": lambda row: row.index_fill_(0, torch.tensor([7]), NAN),
     "+inf": lambda row: row.index_fill_(0, torch.tensor([7]), INF),
+    "NaN of all ones": all_ones,
     "NaN and +inf": lambda row: row.index_copy_(
         0, torch.tensor([3, 9]), torch.tensor([NAN, INF]).to(row.dtype)
     ),
