@@ -25,9 +25,11 @@ from rich.text import Text
 
 from benchmarks.cases import COMPILED, FOREACH, NAIVE, OURS, folds, table
 from benchmarks.display import console_of_width, one_progress
-from benchmarks.timing import environment, measure
+from benchmarks.machine import environment
+from benchmarks.timing import measure
 
 ROUNDS = {"full": 40, "quick": 12}
+BUSY = 0.15  # cores; above it the figures are marked as those of a shared machine
 Step = Callable[[str], None]
 
 
@@ -52,6 +54,9 @@ def run(
             results[where].append(measure(builder.build(not quick), rounds, seconds, say))
             torch._dynamo.reset()  # compile once per case: nothing is carried over to the next
             advance(builder.title)
+    cases = results["cases"] + results["folds"]
+    timing, others = (sum(case[key] for case in cases) for key in ("timing_s", "others_s"))
+    results["environment"]["cores_busy_with_others"] = max(0.0, others / timing) if timing else 0.0
     return results
 
 
@@ -212,6 +217,17 @@ def environment_lines(env: dict[str, Any]) -> str:
     )
 
 
+def busy_warning(env: dict[str, Any]) -> str:
+    """Nothing, or that these are not the figures of an idle machine."""
+    busy = env["cores_busy_with_others"]
+    if busy < BUSY:
+        return ""
+    return (
+        f"Other processes kept {busy:.1f} of {env['cores']} cores busy meanwhile: these times and ratios are "
+        "not this machine's."
+    )
+
+
 def renderables(results: dict[str, Any]) -> list[RenderableType]:
     """The whole of a run, to print in this order."""
     return [
@@ -220,6 +236,7 @@ def renderables(results: dict[str, Any]) -> list[RenderableType]:
         Text(notes(results), style="dim"),
         fold_table(results),
         Text(environment_lines(results["environment"]), style="dim"),
+        Text(busy_warning(results["environment"]), style="bold yellow"),
     ]
 
 

@@ -14,19 +14,16 @@ from __future__ import annotations
 
 import gc
 import math
-import os
-import platform
 import random
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from benchmarks.machine import OtherLoad
 from benchmarks.oracle import relative_error
 
 WARM_UPS = 3
@@ -100,7 +97,9 @@ def measure(
         results[provider.name] = verdict(case, provider)
     racing = [p for p in case.providers if results[p.name]["ok"]] + [case.roofline]
     step(f"{case.title}: timing")
+    others = OtherLoad()
     samples = interleave(racing, rounds, case.calls_per_round, seconds)
+    timing_s, others_s = others.since()
     for name, times in samples.items():
         results.setdefault(name, {}).update(summary(times))
     roofline = results.pop(case.roofline.name)
@@ -118,6 +117,8 @@ def measure(
         "floor_bytes": case.floor_bytes,
         "rounds": len(samples[case.roofline.name]) // case.calls_per_round,
         "calls_per_round": case.calls_per_round,
+        "timing_s": timing_s,
+        "others_s": others_s,
         "providers": results,
         "roofline": roofline,
     }
@@ -163,47 +164,3 @@ def summary(times: Sequence[float]) -> dict[str, float]:
     """Median and quartiles of a list of times in seconds."""
     quarter, median, three_quarters = statistics.quantiles(times, n=4, method="inclusive")
     return {"median_s": median, "q1_s": quarter, "q3_s": three_quarters, "calls": len(times)}
-
-
-def environment() -> dict[str, Any]:
-    """What the figures depend on: processor, SIMD level, threads, versions, commit."""
-    import fasttransfer
-
-    info = fasttransfer.build_info()
-    return {
-        "cpu": cpu_model(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "simd": info["simd_level"] or "none (pure torch)",
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "commit": git_commit(),
-        "gpu": "not yet measured",
-        "build": info,
-    }
-
-
-def cpu_model() -> str:
-    """The processor's name as the kernel gives it, or what Python knows of it elsewhere."""
-    try:
-        with open("/proc/cpuinfo") as lines:
-            names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-        return names[0]
-    except (OSError, IndexError):
-        return platform.processor() or platform.machine()
-
-
-def git_commit() -> str:
-    """The short commit of the code that ran, with `+` where files differ from it; `unknown` outside git."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=True
-        ).stdout.strip()
-        changed = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"], cwd=here, capture_output=True, text=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return commit + ("+" if changed else "")

@@ -19,8 +19,8 @@ from rich.rule import Rule
 
 from benchmarks import speed
 from benchmarks.display import console_of_width, one_progress
+from benchmarks.machine import environment
 from benchmarks.plots import plot_speed
-from benchmarks.timing import environment
 from examples import s3_distillation
 from examples.parts import Outcome, Part, Reporter, report
 
