@@ -66,9 +66,12 @@ def plot_speed(results: dict[str, Any], directory: Path) -> Path:
         speedups.set_xscale("log")
         speedups.axvline(1, color=CONTROL, linewidth=1.2)
         low, high = speedups.get_xlim()
-        low, high = min(low, 0.7) * 0.8, high * 1.5
+        low, high = min(low, 0.7), max(high, 3.0)
+        margin = (high / low) ** 0.1  # room for the figures beside the bars
+        low, high = low / margin, high * margin
         speedups.set_xlim(low, high)
-        ticks = [t for t in (0.25, 0.5, 1, 2, 5, 10, 20, 50, 100) if low <= t <= high]
+        steps = (0.5, 1, 2, 5, 10, 20, 50, 100) if high / low < 300 else (0.01, 0.1, 1, 10, 100, 1000)
+        ticks = [t for t in steps if low <= t <= high]
         speedups.set_xticks(ticks, [f"{t:g}x" for t in ticks])
         speedups.minorticks_off()
         speedups.set_yticks(range(len(cases)), [case["title"] for case in cases])
@@ -85,7 +88,8 @@ def plot_speed(results: dict[str, Any], directory: Path) -> Path:
         roofline.set_title("Share of the memory roofline", loc="left")
         figure.supxlabel(
             f"{environment['cpu']}, SIMD {environment['simd']}, {environment['threads']} threads, fp32, "
-            f"torch {environment['torch']}, commit {environment['commit']}; GPU: {environment['gpu']}",
+            f"torch {environment['torch']}, commit {environment['commit']}, other processes on "
+            f"{environment['cores_busy_with_others']:.1f} cores; GPU: {environment['gpu']}",
             fontsize=8, color=MUTED, x=0.01, ha="left",
         )  # fmt: skip
         path = directory / "speed.png"

@@ -20,7 +20,7 @@ def plot_distillation(results: dict[str, Any], directory: Path) -> Path:
     temperatures = [name for name in methods if name.startswith("T=") and "blind" not in name]
     blind = next(name for name in methods if "blind" in name)
     order = ["hard labels", blind, *temperatures, "teacher"]
-    labels = ["labels\n(control)", "T = 4, from a\nteacher that\nnever saw a 3\n(control)"]
+    labels = ["labels\n(control)", f"T = 4, from a\nteacher that\nnever saw a {digit}\n(control)"]
     labels += [name.replace("=", " = ") for name in temperatures] + ["the\nteacher"]
     colours = [CONTROL, CONTROL, *[ACCENT] * len(temperatures), MUTED]
     with style():
