@@ -199,7 +199,12 @@ def test_transform_of_a_smaller_model_into_a_larger_one(backend):
 
 
 def test_transform_in_another_precision(backend):
-    out = blend(ones(2).bfloat16(), ones(3).bfloat16(), 0.5, transform=torch.eye(2, 3))
+    """In the wider of the two."""
+    matrix = 1 + 2.0**-12 * torch.arange(6.0).view(2, 3)
+    out = blend(zeros(2), ones(3).bfloat16(), 0.0, transform=matrix)
+    assert torch.equal(out, matrix.sum(1))
+    out = blend(ones(2).bfloat16(), ones(3).double(), 0.0, transform=matrix.bfloat16())
+    assert out.tolist() == [3, 3]
     assert out.dtype == torch.bfloat16
 
 
@@ -379,6 +384,16 @@ def test_one_memory_with_two_alphas_is_refused():
     with pytest.raises(ValueError, match=r"'a'.*'b'"):
         blend_({"a": w, "b": w}, {"a": zeros(3), "b": zeros(3)}, {"a": 0.9, "b": 0.1})
     assert w.tolist() == [1, 1, 1]
+
+
+def test_tied_entries_of_a_dict_beside_others_with_an_alpha_of_their_own(backend):
+    w, v = ones(3), ones(2)
+    target = {"a": w, "b": w, "c": v}
+    shared = zeros(3)
+    alpha = {"c": torch.tensor(0.25), "*": torch.tensor(0.5)}
+    scale = {"c": torch.tensor(1.0), "*": torch.tensor(2.0)}
+    blend_(target, {"a": shared, "b": shared, "c": ones(2)}, alpha, source_scale=scale)
+    assert (w.tolist(), v.tolist()) == ([0.5] * 3, [1.25] * 2)
 
 
 def test_moved_models_stay_models(backend):
