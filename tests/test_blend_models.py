@@ -253,20 +253,15 @@ def test_copy_with_several_sources_is_refused(models):
 
 
 @pytest.mark.parametrize("size", [1, 3])
-def test_copied_buffers_of_another_shape(size):
-    """Refused, not broadcast, and before anything is written."""
+@pytest.mark.parametrize("names", [["weight", "bias"], ["*"]])
+def test_copied_buffers_of_another_shape(size, names):
+    """Refused, not broadcast, and before anything is written. A copy is not transformed."""
     target, source = nn.BatchNorm1d(4), nn.BatchNorm1d(size)
     source.num_batches_tracked.fill_(7)
     source.running_mean.fill_(7)
     before = tensors(target)
     with pytest.raises(ValueError, match=rf"\[{size}\].*\[4\]"):
-        blend_(
-            target,
-            source,
-            0.5,
-            transform={"weight": lambda w: ones(4), "bias": lambda b: ones(4)},
-            buffers="copy",
-        )
+        blend_(target, source, 0.5, transform=dict.fromkeys(names, lambda w: ones(4)), buffers="copy")
     assert all(torch.equal(t, before[name]) for name, t in target.state_dict().items())
 
 
