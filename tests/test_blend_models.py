@@ -375,9 +375,9 @@ def test_patterns_find_a_tied_weight_under_either_name(backend):
 
 
 def test_one_memory_with_two_alphas_is_refused():
-    w = ones(3)
+    w, source = ones(3), zeros(3)
     with pytest.raises(ValueError, match=r"'a'.*'b'"):
-        blend_({"a": w, "b": w}, {"a": zeros(3), "b": zeros(3)}, {"a": 0.9, "b": 0.1})
+        blend_({"a": w, "b": w}, {"a": source, "b": source}, {"a": 0.9, "b": 0.1})
     assert w.tolist() == [1, 1, 1]
 
 
