@@ -284,3 +284,27 @@ def test_every_bfloat16_is_read_as_it_is(backend):
     _, grad = kd_and_grad(torch.zeros_like(t).float(), t, temperature=1.0, reduction="none")
     expected = 0.5 - torch.sigmoid(x.double())
     assert (grad[:, 0] - expected).abs().max() <= 2e-7
+
+
+def values_to_round(dtype):
+    """float32 numbers: every tie between two numbers of `dtype`, all kinds of NaN, and 20000 random bit patterns."""
+    all_bits = torch.arange(2**15, dtype=torch.int32).to(torch.int16).view(dtype).float()
+    finite = all_bits[all_bits.isfinite()]
+    ties = (finite[1:].double() + finite[:-1].double()).div(2).float()
+    nans = torch.tensor([0x7FC00000, 0x7FFFFFFF, 0x7F800001, 0x7F80FFFF], dtype=torch.int32).view(
+        torch.float32
+    )
+    bits = torch.randint(-(2**31), 2**31, (20_000,)).to(torch.int32).view(torch.float32)
+    positive = torch.cat([ties, nans, torch.tensor([INF, 0.0, 65519.9, 65520.0, 3.3e38, 3.4e38])])
+    return torch.cat([positive, -positive, bits])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rounding_to_16_bits_is_to_nearest_even(backend, dtype):
+    """The gradient 1 times every value, which is a rounding of the value. 19 columns: a vector and a rest."""
+    values = values_to_round(dtype)
+    ones = torch.ones(len(values), 19, dtype=dtype)
+    rounded = torch.ops.fasttransfer.kd_scale(ones, values, torch.empty(0))
+    expected = values.to(dtype)[:, None].expand_as(rounded)
+    torch.testing.assert_close(rounded, expected, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(rounded.signbit() | rounded.isnan(), expected.signbit() | expected.isnan())
