@@ -269,3 +269,16 @@ def test_prox_in_any_layout(backend, layout):
     l2sp_prox_(memory.detach().requires_grad_(), start, STRENGTH, 1.0)
     oracle.assert_one_rounding(memory, *oracle.blend(values, [start], 1 / (1 + 2 * STRENGTH), None, [1.0]))
     assert surroundings_intact(memory)
+
+
+def test_parameters_without_a_start_point_are_read_only(backend):
+    """p - 0 is p itself: arithmetic in place on the difference would change the parameter."""
+    params = [torch.randn(5, requires_grad=True), torch.randn(3, 4, requires_grad=True)]
+    before = [p.detach().clone() for p in params]
+    grads = [torch.zeros_like(p) for p in params]
+    torch.ops.fasttransfer.l2sp_add_grad_(
+        [p.detach() for p in params], [None, None], grads, [0.5, 0.25], [0, 1], 3.0, None
+    )
+    for p, old, g, strength in zip(params, before, grads, (0.5, 0.25), strict=True):
+        assert torch.equal(p.detach(), old)
+        torch.testing.assert_close(g, 2 * strength * 3.0 * old)

@@ -7,7 +7,7 @@ coefficients sum to 1: equal operands then give exactly that value, and an avera
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -60,7 +60,7 @@ def _value(constants: Sequence[float], tensor: Tensor | None, i: int) -> Any:
     return constants[i] if constants else None
 
 
-def _blend(
+def _each(
     targets: Sequence[Tensor],
     sources: Sequence[Tensor],
     alpha: Sequence[float],
@@ -68,33 +68,31 @@ def _blend(
     scale: Sequence[float],
     scale_tensor: Tensor | None,
     weights: Sequence[float],
-) -> list[Tensor]:
+) -> Iterator[Tensor]:
+    """The combination of each target, one at a time, in the dtype of the arithmetic."""
+    for name, constants, tensor in (("alpha", alpha, alpha_tensor), ("scale", scale, scale_tensor)):
+        given = len(constants) if tensor is None else tensor.numel()
+        if given != len(targets) and (given or name == "alpha"):
+            raise ValueError(
+                f"fasttransfer::blend: {name} must have one value per target ({len(targets)}), got {given}"
+            )
+        if tensor is not None and tensor.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"fasttransfer::blend: {name} must be float32 or float64, got {tensor.dtype}")
     k = len(weights)
-    outs = []
     for i, target in enumerate(targets):
         a, b = _value(alpha, alpha_tensor, i), _value(scale, scale_tensor, i)
-        # Into the target's own order of dimensions, whichever operand's the arithmetic has taken.
-        outs.append(
-            torch.empty_like(target).copy_(_combine(target, sources[i * k : (i + 1) * k], a, b, weights))
-        )
-    return outs
+        yield _combine(target, sources[i * k : (i + 1) * k], a, b, weights)
 
 
-def _blend_(targets: Sequence[Tensor], sources: Sequence[Tensor], *args: Any) -> None:
-    k = len(args[-1])
-    for i, target in enumerate(targets):
-        alpha, alpha_tensor, scale, scale_tensor, weights = args
-        one = slice(i, i + 1)
-        out = _blend(
-            [target],
-            sources[i * k : (i + 1) * k],
-            alpha[one],
-            None if alpha_tensor is None else alpha_tensor[one],
-            scale[one],
-            None if scale_tensor is None else scale_tensor[one],
-            weights,
-        )
-        target.copy_(out[0])
+def _blend(targets: Sequence[Tensor], *args: Any) -> list[Tensor]:
+    # Into the target's own order of dimensions, whichever operand's the arithmetic has taken.
+    each = zip(targets, _each(targets, *args), strict=True)
+    return [torch.empty_like(target).copy_(out) for target, out in each]
+
+
+def _blend_(targets: Sequence[Tensor], *args: Any) -> None:
+    for target, out in zip(targets, _each(targets, *args), strict=True):
+        target.copy_(out)
 
 
 blend_op = define(

@@ -61,8 +61,8 @@ def _add_grad_(
     for p, p0, g, weight, add in zip(params, start, grads, strength, accumulate, strict=True):
         d = difference(p, p0)
         total += weight * d.square().sum(dtype=total.dtype)
-        d *= 2 * weight * scale
-        g.copy_(d + g if add else d)
+        step = d * (2 * weight * scale)  # not in place: without a start point d may be the parameter itself
+        g.copy_(step + g if add else step)
     return total.to(_total_dtype(params))
 
 
