@@ -7,6 +7,7 @@ from fasttransfer import native as _native
 from fasttransfer.blend import blend, blend_, blend_many, blend_many_
 from fasttransfer.kd import KDLoss, kd_loss
 from fasttransfer.l2sp import L2SP, l2sp_add_grad_, l2sp_penalty, l2sp_prox_
+from fasttransfer.modules import freeze, replace_head, thaw
 from fasttransfer.native import build_info, simd_level, simd_levels, use_backend
 
 _native.load()
@@ -19,11 +20,14 @@ __all__ = [
     "blend_many",
     "blend_many_",
     "build_info",
+    "freeze",
     "kd_loss",
     "l2sp_add_grad_",
     "l2sp_penalty",
     "l2sp_prox_",
+    "replace_head",
     "simd_level",
     "simd_levels",
+    "thaw",
     "use_backend",
 ]

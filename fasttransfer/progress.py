@@ -87,10 +87,10 @@ class _Shown:
 
 
 def _wanted(show: bool | None) -> bool:
-    if show is None and (sys.stderr is None or not sys.stderr.isatty()):  # None: no console, as under pythonw
+    on_terminal = sys.stderr is not None and sys.stderr.isatty()  # None: no console, as under pythonw
+    if show is False or (show is None and not on_terminal):
         return False
-    if show is False or find_spec("rich") is not None:
-        return show is not False
-    if show:
+    installed = find_spec("rich") is not None
+    if show and not installed:
         raise ImportError("progress=True needs rich: pip install rich")
-    return False
+    return installed
