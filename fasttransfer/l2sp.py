@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -133,6 +133,9 @@ class L2SP(nn.Module):
         strength: The lambda of the old parameters, at least 0.
         start: None: the parameters as they are now. Or a state dict or a module, matched by name and shape: a
             parameter that is missing there, or has another shape there (a replaced head), is a new one.
+        new: Names or glob pattern(s) of parameters that are new ones whatever ``start`` has under their names: a
+            replaced head of the old shape, or one in a snapshot. What ``replace_head`` returns will do. All of them
+            may be new.
         new_strength: The lambda of the new parameters, at least 0.
         include: Glob pattern(s) over parameter names; only these are penalised. Default: all.
         exclude: Glob pattern(s) over parameter names that are not penalised at all.
@@ -153,6 +156,7 @@ class L2SP(nn.Module):
         strength: float,
         *,
         start: Mapping[str, Tensor] | nn.Module | None = None,
+        new: str | Iterable[str] | None = None,
         new_strength: float = 0.0,
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
@@ -165,6 +169,7 @@ class L2SP(nn.Module):
         found = collect("model", model)
         included = check_patterns("include", include, found.aliases)
         excluded = check_patterns("exclude", exclude, found.aliases)
+        renewed = check_patterns("new", new, found.aliases)
         params: dict[str, Tensor] = {}
         for name, p in found.tensors.items():
             names = found.names_of(name)
@@ -173,7 +178,9 @@ class L2SP(nn.Module):
                 params[name] = p
         if not params:
             raise ValueError("model has no floating parameters left to penalise after include and exclude")
-        points = _start_points(params, {name: found.names_of(name) for name in params}, start)
+        aliases = {name: found.names_of(name) for name in params}
+        old = {name: p for name, p in params.items() if not any(matches(n, renewed) for n in aliases[name])}
+        points = _start_points(old, aliases, start)
         # In a tuple: registered, the model's parameters would be in this module's state_dict and moved by its .to().
         self._model = (model,)
         self._paths = [(name, *_split(name)) for name in params]
@@ -298,7 +305,7 @@ def _start_points(
                 check_tensor(f"start point of {alias!r}", p0)
                 points[name] = p0.detach().to(p.device, copy=True)
                 break
-    if not points:
+    if params and not points:
         raise ValueError(
             "start shares no parameter with model by name and shape: "
             f"model has {', '.join(list(params)[:3])}..., start has {', '.join(map(str, list(given)[:3]))}..."

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fasttransfer import L2SP, l2sp_penalty
+from fasttransfer import L2SP, l2sp_penalty, replace_head
 from tests.nets import Net, count, move, tied
 
 # ---------------------------------------------------------------------------------------------- start points
@@ -89,6 +89,48 @@ def test_new_parameters_are_left_alone_by_default(backend):
 
 
 @pytest.mark.parametrize("start", [None, "state_dict", "module"])
+@pytest.mark.parametrize("form", ["dict", "names", "pattern", "one name each"])
+def test_new_parameters_of_the_old_shape(backend, start, form):
+    """A head for as many classes as before, and a snapshot: the start has points under their names."""
+    model, pretrained = Net(), Net()
+    model.backbone.load_state_dict(pretrained.backbone.state_dict())
+    head = replace_head(model, 3)
+    new = {
+        "dict": head,
+        "names": list(head),
+        "pattern": "head.*",
+        "one name each": ("*d.weight", "head.bias"),
+    }
+    given = {None: None, "state_dict": pretrained.state_dict(), "module": pretrained}[start]
+    reg = L2SP(model, 0.3, start=given, new=new[form], new_strength=0.2)
+    assert reg.new_names == ("head.weight", "head.bias")
+    assert set(reg.distance()) == {name for name, _ in model.backbone.named_parameters(prefix="backbone")}
+    expected = 0.2 * sum(p.detach().double().square().sum() for p in model.head.parameters())
+    torch.testing.assert_close(reg().double(), expected, rtol=2e-6, atol=0)
+    move(model.backbone, 1.0)
+    torch.testing.assert_close(reg().double(), expected + 0.3 * count(model.backbone), rtol=2e-6, atol=0)
+
+
+def test_new_beside_include_exclude_and_ties(backend):
+    model = tied()
+    assert L2SP(model, 0.3, new="1.weight").new_names == ("0.weight",)
+    model = Net()
+    assert L2SP(model, 0.3, new="*", include="head.*").new_names == ("head.weight", "head.bias")
+    assert L2SP(model, 0.3, new="head.*", exclude="head.bias").new_names == ("head.weight",)
+
+
+def test_everything_may_be_new(backend):
+    """Weight decay, and no start points; a start that shares nothing with what is not new stays an error."""
+    model = Net()
+    reg = L2SP(model, 0.3, start={}, new="*", new_strength=0.2)
+    expected = 0.2 * sum(p.detach().double().square().sum() for p in model.parameters())
+    torch.testing.assert_close(reg().double(), expected, rtol=2e-6, atol=0)
+    assert reg.state_dict() == {}
+    with pytest.raises(ValueError, match="start shares no parameter"):
+        L2SP(model, 0.3, start={"head.weight": model.head.weight}, new="head.*")
+
+
+@pytest.mark.parametrize("start", [None, "state_dict", "module"])
 def test_start_is_in_the_state_dict(backend, start):
     model, pretrained = Net(), Net()
     given = {None: None, "state_dict": pretrained.state_dict(), "module": pretrained}[start]
@@ -153,7 +195,7 @@ def test_include_and_exclude(backend, options, names):
     assert {name for name, p in model.named_parameters() if not torch.equal(p, before[name])} == set(names)
 
 
-@pytest.mark.parametrize("argument", ["include", "exclude"])
+@pytest.mark.parametrize("argument", ["include", "exclude", "new"])
 @pytest.mark.parametrize("patterns", ["backbone", ["head.*", "backbonne.*"], "running_mean"])
 def test_a_pattern_that_matches_nothing(argument, patterns):
     with pytest.raises(ValueError, match=f"{argument}.*matches none"):
