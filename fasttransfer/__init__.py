@@ -7,6 +7,7 @@ from fasttransfer import native as _native
 from fasttransfer.blend import blend, blend_, blend_many, blend_many_
 from fasttransfer.kd import KDLoss, kd_loss
 from fasttransfer.l2sp import L2SP, l2sp_add_grad_, l2sp_penalty, l2sp_prox_
+from fasttransfer.maps import ConvMap, LinearMap
 from fasttransfer.modules import freeze, replace_head, thaw
 from fasttransfer.native import build_info, simd_level, simd_levels, use_backend
 
@@ -14,7 +15,9 @@ _native.load()
 
 __all__ = [
     "L2SP",
+    "ConvMap",
     "KDLoss",
+    "LinearMap",
     "blend",
     "blend_",
     "blend_many",
