@@ -5,6 +5,7 @@
 
 from fasttransfer import native as _native
 from fasttransfer.blend import blend, blend_, blend_many, blend_many_
+from fasttransfer.features import Features, extract_features
 from fasttransfer.kd import KDLoss, kd_loss
 from fasttransfer.l2sp import L2SP, l2sp_add_grad_, l2sp_penalty, l2sp_prox_
 from fasttransfer.maps import ConvMap, LinearMap
@@ -16,6 +17,7 @@ _native.load()
 __all__ = [
     "L2SP",
     "ConvMap",
+    "Features",
     "KDLoss",
     "LinearMap",
     "blend",
@@ -23,6 +25,7 @@ __all__ = [
     "blend_many",
     "blend_many_",
     "build_info",
+    "extract_features",
     "freeze",
     "kd_loss",
     "l2sp_add_grad_",
