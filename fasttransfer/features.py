@@ -299,22 +299,20 @@ class _InFile(_Checked):
 
     def add(self, batch: int, rows: Tensor) -> None:
         self.check(batch, rows)
-        if rows.numel():
-            own = _own(rows)
-            # The memory as bytes: Tensor.numpy() would need NumPy, and knows no bfloat16.
-            self.file.write((ctypes.c_char * own.nbytes).from_address(own.data_ptr()))
+        own = _own(rows)
+        # The memory as bytes: Tensor.numpy() would need NumPy, and knows no bfloat16.
+        self.file.write((ctypes.c_char * own.nbytes).from_address(own.data_ptr()))
 
     def result(self) -> Tensor:
         assert self.like is not None
         self.file.close()
         sizes = (self.count, *self.like.shape[1:])
-        numel = torch.Size(sizes).numel()
         final = self.path.removesuffix(_PARTIAL)
         os.replace(self.path, final)  # an older file lives on for as long as somebody has it mapped
-        if not numel:
-            return self.like.new_empty(sizes)
         # Shared: a private mapping that could be written to must fit into memory, says Linux.
-        return torch.from_file(final, shared=True, size=numel, dtype=self.like.dtype).view(sizes)
+        return torch.from_file(
+            final, shared=True, size=torch.Size(sizes).numel(), dtype=self.like.dtype
+        ).view(sizes)
 
 
 _PARTIAL = ".partial"

@@ -154,7 +154,7 @@ class _Frozen(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """For pickle and copy: made as an instance of the plain class, which can be imported, then frozen again."""
-        reduced: Any = super().__reduce_ex__(max(2, protocol))
+        reduced: Any = super().__reduce_ex__(protocol)
         make, args, *rest = reduced
         plain = [_plain(type(self)) if arg is type(self) else arg for arg in args]
         return (_rebuild, (make, *plain), *rest)

@@ -77,6 +77,8 @@ def test_nothing_behind_the_layer_is_computed():
 
 
 def test_the_first_call_of_a_layer_counts():
+    fallback = Calls()
+
     class Twice(nn.Module):
         def __init__(self):
             super().__init__()
@@ -86,10 +88,11 @@ def test_the_first_call_of_a_layer_counts():
             try:
                 return self.layer(self.layer(x))
             except Exception:  # some models fall back on something else
-                return x
+                return fallback(x)
 
     model = Twice()
     torch.testing.assert_close(extract_features(model, [X], "layer").features, model.layer(X).detach())
+    assert fallback.calls == 0
 
 
 @pytest.mark.parametrize("way", ["output", "layer", "error in the model", "error in the loader"])
@@ -97,6 +100,7 @@ def test_the_model_is_left_as_it_was(way):
     model = Net()
     model.backbone[1].eval()
     model.head.train(False)
+    model.shared = nn.ModuleList([nn.Sequential(model.head)])  # of a module in training
     modes = [m.training for m in model.modules()]
     before = {name: t.clone() for name, t in model.state_dict().items()}
 
@@ -117,10 +121,10 @@ def test_the_model_is_left_as_it_was(way):
     assert model(X).requires_grad
 
 
-def test_transform():
+def test_transform(path):
     model = nn.Sequential(nn.Unflatten(1, (2, 2)), nn.LSTM(2, 3, batch_first=True))
     expected = model(X)[0][:, -1].detach()
-    features = extract_features(model, loader(), "1", transform=lambda h: h[0][:, -1]).features
+    features = extract_features(model, loader(), "1", transform=lambda h: h[0][:, -1], path=path).features
     torch.testing.assert_close(features, expected)
     assert features.is_contiguous()
 
@@ -182,16 +186,25 @@ def test_inputs_are_moved():
     class Where(nn.Module):
         def forward(self, x, *, more):
             devices.append((x.device.type, more[0]["a"].device.type))
+            objects.append(more[1].device)
             return torch.zeros(10, 1)
 
-    batch = {"x": X, "more": [{"a": Y}]}
-    devices = []
+    class Graph:  # a batch of another library
+        device = None
+
+        def to(self, device):
+            self.device = device.type
+            return self
+
+    batch = {"x": X, "more": [{"a": Y}, Graph()]}
+    devices, objects = [], []
     model = Where()
     extract_features(model, [batch])
     extract_features(model, [batch], device="meta")
     model.register_buffer("b", torch.zeros(1, device="meta"))
     extract_features(model, [batch])
     assert devices == [("cpu", "cpu"), ("meta", "meta"), ("meta", "meta")]
+    assert objects == [None, "meta", "meta"]
 
 
 def test_packed_sequences():
@@ -458,7 +471,9 @@ def test_a_bar_inside_another(capsys):
             with progress_bar(None, "inner", True) as inner:
                 inner.advance(3)
             outer.advance()
-    assert "2/2" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "2/2" in err
+    assert "inner" not in err  # a line of its own while it is open, and gone then
     with pytest.raises(RuntimeError), progress_bar(2, "outer", True):
         raise RuntimeError
     with progress_bar(1, "next", True) as bar:

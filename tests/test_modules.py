@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+import torch.fx
 from torch import nn
 
 from fasttransfer import L2SP, freeze, replace_head, thaw
@@ -227,6 +228,13 @@ def test_frozen_models_can_be_copied(way):
     thaw(twin)
     assert type(twin[1]) is nn.BatchNorm2d
     assert type(model[1]).__name__ == "FrozenBatchNorm2d"
+
+
+def test_frozen_models_are_traced_as_others():
+    """torch.fx keeps a BatchNorm whole, as what fuses it with a convolution expects."""
+    model = conv_net()
+    freeze(model)
+    assert [node.op for node in torch.fx.symbolic_trace(model).graph.nodes].count("call_module") == 5
 
 
 def test_frozen_models_compile():
