@@ -192,6 +192,20 @@ def losses_and_ties(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def headline(results: dict[str, Any]) -> str:
+    """How many times faster the first case of each operation is, and in how many rows something else is faster."""
+    first: dict[str, str] = {}
+    for case in results["cases"]:
+        times = speedup(case, NAIVE)
+        if times is not None and case["operation"] not in first:
+            first[case["operation"]] = f"{case['title']} {times:.3g}x"
+    rivals = [
+        speedup(case, rival) for case in results["cases"] for rival in case["providers"] if rival != OURS
+    ]
+    lost = sum(times is not None and times < 0.95 for times in rivals)
+    return f"Against the naive code: {', '.join(first.values())}. Something else is faster in {lost} comparisons."
+
+
 def notes(results: dict[str, Any]) -> str:
     """How to read the table, with what did not run."""
     counts = sorted({case["rounds"] for case in results["cases"]})

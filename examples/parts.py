@@ -1,4 +1,4 @@
-"""What the demo asks of each of its parts, and how one of them runs alone.
+"""What an example says of itself, so that the demo can run it beside others, and how one of them runs alone.
 
 A part is a module; the demo only needs to know how long its progress bar is, how to run it, and what came
 out. To add one, write the module and add its `PART` to the list in examples/demo.py.
@@ -37,8 +37,9 @@ class Reporter:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a part found: for the terminal, for JSON, and what misbehaved."""
+    """What a part found: in a sentence, for the terminal, for JSON, and what misbehaved."""
 
+    headline: str
     tables: list[RenderableType]
     results: dict[str, Any]
     failures: list[str] = field(default_factory=list)
@@ -52,7 +53,8 @@ class Part:
     title: str
     units: Callable[[bool], int]  # quick -> how many times run() will advance the progress
     run: Callable[[bool, Reporter], Outcome]  # (quick, reporter)
-    plot: Callable[[dict[str, Any], Path], Path]  # (results, directory) -> the image written there
+    about: str  # a module's docstring: what is done, with which controls
+    plot: Callable[[dict[str, Any], Path], Path] | None = None  # (results, directory) -> the image written
 
 
 def run_alone(part: Part, arguments: list[str] | None = None) -> int:
@@ -70,6 +72,7 @@ def run_alone(part: Part, arguments: list[str] | None = None) -> int:
 
 def report(outcome: Outcome, console: Console) -> int:
     """Print the tables of a part and what misbehaved in it; 1 if anything did."""
+    console.print(Text(outcome.headline, style="bold"))
     for table in outcome.tables:
         console.print(table)
     for line in outcome.failures:

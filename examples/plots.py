@@ -11,17 +11,17 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
-from benchmarks.plots import ACCENT, CONTROL, INK, MUTED, style
+from benchmarks.plots import ACCENT, CONTROL, INK, MUTED, SECOND, style
 
 
 def plot_distillation(results: dict[str, Any], directory: Path) -> Path:
     """Accuracy on the missing digit by method, every seed as a dot, and where that knowledge came from."""
     methods, digit = results["methods"], results["missing_digit"]
-    temperatures = [name for name in methods if name.startswith("T=") and "blind" not in name]
-    blind = next(name for name in methods if "blind" in name)
-    order = ["hard labels", blind, *temperatures, "teacher"]
+    temperatures, controls = results["temperatures"], results["controls"]
+    teacher = next(iter(methods))
+    order = [controls["labels"], controls["blind"], *temperatures.values(), teacher]
     labels = ["labels\n(control)", f"T = 4, from a\nteacher that\nnever saw a {digit}\n(control)"]
-    labels += [name.replace("=", " = ") for name in temperatures] + ["the\nteacher"]
+    labels += [*temperatures, "the\nteacher"]
     colours = [CONTROL, CONTROL, *[ACCENT] * len(temperatures), MUTED]
     with style():
         figure, axes = plt.subplot_mosaic(
@@ -76,7 +76,7 @@ def _plot_what_it_says(results: dict[str, Any], image: Any, says: Any) -> None:
                 100 * probabilities[which] + 2, y, f"{which}:  {100 * probabilities[which]:.1f} %",
                 va="center", fontsize=9, color=INK,
             )  # fmt: skip
-    says.set_yticks(range(len(names)), [name.replace("=", " = ") for name in names])
+    says.set_yticks(range(len(names)), names)
     says.set_ylim(len(names) - 0.5, -0.5)
     says.set_xlim(0, 128)
     says.set_xticks([0, 50, 100])
@@ -84,3 +84,64 @@ def _plot_what_it_says(results: dict[str, Any], image: Any, says: Any) -> None:
     says.set_title("What the teacher says of it", loc="left")
     says.grid(axis="y", visible=False)
     says.grid(axis="x", visible=True)
+
+
+def plot_blending(results: dict[str, Any], directory: Path) -> Path:
+    """Accuracy in both domains on the line from the start (alpha = 0) to the fine-tuned weights (1)."""
+    titles = {"clean": "Five labels per class", "wrong": "30% of them wrong"}
+    with style():
+        figure, axes = plt.subplots(1, 2, figsize=(10, 4.4), sharey=True, layout="constrained")
+        for axis, (condition, title) in zip(axes, titles.items(), strict=True):
+            found = results[condition]
+            looks = {
+                "start, target": (ACCENT, "-", "with its start: target domain"),
+                "start, source": (SECOND, "-", "with its start: source domain"),
+                "another net, target": (CONTROL, "--", "with another net (control): target"),
+            }
+            for name, (colour, line, label) in looks.items():
+                _curve(axis, results["alphas"], found["curves"][name], colour, line, label)
+            _level(axis, found["methods"]["from scratch"]["target"], MUTED, "from scratch: target")
+            axis.set_title(title, loc="left")
+            axis.set_xlabel("alpha (0: the source model, 1: fine-tuned)")
+        axes[0].set_ylabel("test accuracy (%)")
+        return _finish(figure, axes[0], directory / "blending.png")
+
+
+def plot_fusion(results: dict[str, Any], directory: Path) -> Path:
+    """Accuracy of the GRU's head over alpha, with the fitted and with the random map, and either network alone."""
+    methods, lines = results["methods"], results["lines"]
+    with style():
+        figure, axis = plt.subplots(figsize=(7, 4.4), layout="constrained")
+        for name, curve in results["curves"].items():
+            control = name == results["control"]
+            colour, line = (CONTROL, "--") if control else (ACCENT, "-")
+            _curve(axis, results["alphas"], curve, colour, line, name + (" (control)" if control else ""))
+        _level(axis, methods[lines["target"]]["target"], INK, "target alone: the GRU")
+        _level(axis, methods[lines["source"]]["target"], MUTED, "source alone: the CNN")
+        axis.set_title("A CNN's knowledge, read by a GRU's head", loc="left")
+        axis.set_xlabel("alpha (0: only the mapped CNN, 1: only the GRU)")
+        axis.set_ylabel("test accuracy in the target domain (%)")
+        return _finish(figure, axis, directory / "fusion.png")
+
+
+def _curve(axis: Any, alphas: Any, curve: list[dict[str, Any]], colour: str, line: str, label: str) -> None:
+    """Means over seeds, and a band of one standard deviation."""
+    mean = [100 * point["mean"] for point in curve]
+    low = [100 * (point["mean"] - point["std"]) for point in curve]
+    high = [100 * (point["mean"] + point["std"]) for point in curve]
+    axis.fill_between(alphas, low, high, color=colour, alpha=0.15, linewidth=0)
+    axis.plot(alphas, mean, line, color=colour, linewidth=2, label=label)
+
+
+def _level(axis: Any, figure: dict[str, Any], colour: str, label: str) -> None:
+    """What does not depend on alpha."""
+    axis.axhline(100 * figure["mean"], color=colour, linewidth=1.2, linestyle=":", label=label)
+
+
+def _finish(figure: Any, axis: Any, path: Path) -> Path:
+    axis.set_ylim(0, 100)
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
