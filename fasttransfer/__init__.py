@@ -11,7 +11,7 @@ from fasttransfer.l2sp import L2SP, l2sp_add_grad_, l2sp_penalty, l2sp_prox_
 from fasttransfer.maps import ConvMap, LinearMap
 from fasttransfer.modules import freeze, replace_head, thaw
 from fasttransfer.native import build_info, simd_level, simd_levels, use_backend
-from fasttransfer.search import AlphaSweep, KFoldSearch, kfold_search, sweep_alpha
+from fasttransfer.search import AlphaSweep, KFoldSearch, kfold_indices, kfold_search, sweep_alpha
 
 _native.load()
 
@@ -31,6 +31,7 @@ __all__ = [
     "extract_features",
     "freeze",
     "kd_loss",
+    "kfold_indices",
     "kfold_search",
     "l2sp_add_grad_",
     "l2sp_penalty",

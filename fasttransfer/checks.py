@@ -59,6 +59,15 @@ def check_number(
     return number
 
 
+def check_count(name: str, value: Any, low: int = 1) -> int:
+    """Return ``value``; raise TypeError unless it is an integer, ValueError unless it is at least ``low``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < low:
+        raise ValueError(f"{name} must be at least {low}, got {value}")
+    return value
+
+
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
     """Return ``value``; raise ValueError unless it is one of ``choices``."""
     if value not in choices:

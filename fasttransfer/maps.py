@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fasttransfer.checks import check_number, check_tensor, shape
+from fasttransfer.checks import check_count, check_number, check_tensor, shape
 
 # Rows of samples [block, in] and of what they map to [block, out], in the dtype and on the device of the data.
 Blocks = Iterator[tuple[Tensor, Tensor]]
@@ -175,15 +175,6 @@ class ConvMap(nn.Conv2d):
                 patches = windows[:, :, top : top + lines].permute(0, 2, 3, 1, 4, 5)
                 wanted = y[:, :, top : top + lines].permute(0, 2, 3, 1)
                 yield patches.reshape(-1, x.shape[1] * kh * kw), wanted.reshape(-1, channels)
-
-
-def check_count(name: str, value: Any, low: int = 1) -> int:
-    """Return ``value``; raise TypeError unless it is an integer, ValueError unless it is at least ``low``."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < low:
-        raise ValueError(f"{name} must be at least {low}, got {value}")
-    return value
 
 
 def _pair(name: str, value: Any) -> tuple[int, int]:

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fasttransfer.blend import Coefficient, Transform, blend, blend_
-from fasttransfer.checks import check_flag, check_number, shape
-from fasttransfer.maps import check_count
+from fasttransfer.checks import check_count, check_flag, check_number, shape
 from fasttransfer.names import Tensors
 from fasttransfer.progress import progress_bar
 
@@ -174,12 +173,9 @@ def kfold_search(
     for i, value in enumerate(candidates):
         if any(value == other for other in candidates[:i]):
             raise ValueError(f"values must differ, got {value!r} twice")
-    classes = _classes(labels)
-    if check_count("folds", folds, 2) > len(classes):
-        raise ValueError(f"folds must be at most the number of samples, {len(classes)}, got {folds}")
     check_count("patience", patience)
     check_flag("maximize", maximize)
-    splits = _splits(classes, folds, check_count("seed", seed, 0))
+    splits = kfold_indices(labels, folds=folds, seed=seed)
 
     fold_scores, curves = [], []
     with progress_bar(len(candidates), "kfold_search", progress) as bar:
@@ -196,6 +192,34 @@ def kfold_search(
         raise ValueError("fit yielded NaN for every value")
     rounds_of_best = curves[best].index(heights[best]) + 1
     return KFoldSearch(candidates[best], rounds_of_best, heights[best], candidates, curves, fold_scores)
+
+
+def kfold_indices(labels: Tensor | int, *, folds: int = 5, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
+    """Stratified folds: each class is shuffled and dealt over the folds, the next class where it ends.
+
+    Args:
+        labels: The class of each sample ``[N]``, an integer tensor; or the number of samples.
+        folds: At least 2, at most the number of samples.
+        seed: Of the shuffling. The global generator is not touched.
+
+    Returns:
+        Per fold the indices of training and validation samples: sorted int64 tensors on the CPU. The validation parts
+        are disjoint and cover all samples; two of them differ by at most one sample, also within a class.
+
+    Raises:
+        TypeError: Labels that are no integers.
+        ValueError: folds or seed out of range, labels that are not ``[N]``.
+    """
+    classes = _classes(labels)
+    if check_count("folds", folds, 2) > len(classes):
+        raise ValueError(f"folds must be at most the number of samples, {len(classes)}, got {folds}")
+    order = torch.randperm(
+        len(classes), generator=torch.Generator().manual_seed(check_count("seed", seed, 0))
+    )
+    order = order[classes[order].argsort(stable=True)]
+    held_out = torch.empty_like(order)
+    held_out[order] = torch.arange(len(order)) % folds
+    return [((held_out != k).nonzero()[:, 0], (held_out == k).nonzero()[:, 0]) for k in range(folds)]
 
 
 def _cross_validate(
@@ -236,15 +260,6 @@ def _round(fits: Sequence[Iterator[Any]]) -> Iterator[float]:
         if score is _ENDED:
             return
         yield _score("fit must yield", score)
-
-
-def _splits(classes: Tensor, folds: int, seed: int) -> list[tuple[Tensor, Tensor]]:
-    """Training and validation indices: each class is shuffled and dealt over the folds, the next where it ends."""
-    order = torch.randperm(len(classes), generator=torch.Generator().manual_seed(seed))
-    order = order[classes[order].argsort(stable=True)]
-    held_out = torch.empty_like(order)
-    held_out[order] = torch.arange(len(order)) % folds
-    return [((held_out != k).nonzero()[:, 0], (held_out == k).nonzero()[:, 0]) for k in range(folds)]
 
 
 def _classes(labels: Any) -> Tensor:
