@@ -1,4 +1,4 @@
-# make demo | test | lint | format | build | clean        ARGS="..." goes to the program that runs
+# make demo | examples | test | lint | format | build | clean        ARGS="..." goes to the program that runs
 #
 # Each target sets up what it needs on a fresh machine, in .venv, and only what changed since the last time.
 # Assumed: python3 and make; a C++ compiler if the native kernels are wanted (without one: pure torch).
@@ -16,7 +16,7 @@ BUILD_STAMP := $(VENV)/.stamp-build
 NATIVE_SOURCES := $(shell find csrc 2>/dev/null) $(wildcard build_tools/*.py) setup.py pyproject.toml
 CXX_SOURCES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test lint format build clean FORCE
+.PHONY: help demo examples test lint format build clean FORCE
 .SUFFIXES:
 
 help:
@@ -24,6 +24,10 @@ help:
 
 demo: $(BUILD_STAMP)
 	@$(PY) -m examples.demo $(ARGS)
+
+examples: $(BUILD_STAMP)
+	@set -e; for script in examples/s[0-9]_*.py; do \
+	  name=$${script#examples/}; $(PY) -m examples.$${name%.py} $(ARGS); done
 
 test: $(BUILD_STAMP)
 	@$(PY) -m pytest tests $(ARGS)

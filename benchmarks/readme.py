@@ -17,7 +17,6 @@ from benchmarks.speed import duration, speedup
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "cpu-epyc-2core.json"
-BEGIN, END = "<!-- speed:begin", "<!-- speed:end -->"
 
 
 def table(results: dict[str, Any]) -> str:
@@ -66,11 +65,16 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("result", nargs="?", type=Path, default=RESULT)
     options = parser.parse_args(arguments)
+    write_block("speed", table(json.loads(options.result.read_text())))
+
+
+def write_block(name: str, text: str) -> None:
+    """Replace what is between the two markers of that name in README.md."""
     path = ROOT / "README.md"
-    text = path.read_text()
-    first = text.index("\n", text.index(BEGIN)) + 1
-    last = text.index(END)
-    path.write_text(f"{text[:first]}{table(json.loads(options.result.read_text()))}\n{text[last:]}")
+    whole = path.read_text()
+    first = whole.index("\n", whole.index(f"<!-- {name}:begin")) + 1
+    last = whole.index(f"<!-- {name}:end -->")
+    path.write_text(f"{whole[:first]}{text}\n{whole[last:]}")
 
 
 if __name__ == "__main__":

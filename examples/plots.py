@@ -141,7 +141,7 @@ def _level(axis: Any, figure: dict[str, Any], colour: str, label: str) -> None:
 def _finish(figure: Any, axis: Any, path: Path) -> Path:
     axis.set_ylim(0, 100)
     handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))
+    figure.legend(handles, labels, loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=150)
     plt.close(figure)
     return path

@@ -28,10 +28,13 @@ def comparison(
     with; the verdict is that of the first. `notes` replace the verdict of a method (a control, a ceiling).
     """
     notes = notes or {}
+    compared = next(iter(baselines.values()))
     grid = Table(
         title=title,
+        caption=f"gains in points, seeds won; verdict: {compared}, by 7 of 8 seeds",
+        caption_justify="left",
         title_justify="left",
-        min_width=min(len(title), 100),  # or the title would be wrapped
+        min_width=max(min(len(title), 100), 60),  # or the title would be wrapped
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )

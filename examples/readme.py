@@ -1,0 +1,80 @@
+"""Writes the results table of the README from a committed run of the demo.
+
+Run it:  python -m examples.demo && cp demo/results.json examples/results/NAME.json && python -m examples.readme
+
+Everything between the two `demo` markers of README.md is replaced; nothing there is typed by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.readme import write_block
+from examples import s3_distillation as s3
+from examples import s6_fusion as s6
+from examples import s8_cross_domain as s8
+from examples.seeds import verdict
+from examples.tables import plus_minus
+
+RESULT = Path(__file__).resolve().parent / "results" / "cpu-epyc-2core.json"
+
+# Which rows, and compared with what. The whole tables are in the report of the demo.
+CHOSEN = {
+    ("distillation", "A student that never saw a 3: accuracy on 3s", "missing", s3.HARD): [
+        s3.HARD, s3.BLIND, s3.distilled_at(1.0), s3.distilled_at(4.0), s3.distilled_at(8.0)],
+    ("cross_domain.clean", "5 labels per class in another domain", "target", s8.SCRATCH): [
+        s8.SCRATCH, s8.ZERO, s8.FROZEN, s8.TUNED, s8.CHOSEN, s8.BLENDED],
+    ("cross_domain.wrong", "The same, 30% of the labels wrong", "target", s8.ZERO): [
+        s8.SCRATCH, s8.ZERO, s8.TUNED, s8.STOPPED, s8.DECAYED, s8.CHOSEN, s8.BLENDED, s8.RELATED, s8.STRANGER],
+    ("cross_domain.classes", "From the digits 0-4 to 5-9, 5 labels per class", "target", s8.SCRATCH): [
+        s8.SCRATCH, s8.HEAD_FIRST],
+    ("fusion", "A CNN's features mapped into a GRU, whose head is kept", "target", s6.GRU_ALONE): [
+        s6.GRU_ALONE, s6.CNN_ALONE, s6.FUSED, s6.RANDOM],
+}  # fmt: skip
+
+
+def table(results: dict[str, Any]) -> str:
+    """The Markdown between the markers."""
+    environment, seeds = results["environment"], results["seeds"]
+    lines = [
+        "| what was done | test accuracy, % | gain, seeds won | verdict |",
+        "|---|---:|---:|---|",
+    ]
+    for (where, title, figure, baseline), rows in CHOSEN.items():
+        part = results
+        for key in where.split("."):
+            part = part[key]
+        lines.append(f"| **{title}** | | | |")
+        for name in rows:
+            method = part["methods"][name]
+            against = method["against"].get(baseline)
+            gain = (
+                f"{100 * against['difference']:+.1f}, {against['wins']} of {against['of']}"
+                if against
+                else "–"
+            )
+            says = verdict(against) if against else ""
+            lines.append(f"| &nbsp;&nbsp;{name} | {plus_minus(method[figure])} | {gain} | {says} |")
+    lines += [
+        "",
+        f"Mean ± standard deviation over the seeds {seeds[0]} to {seeds[-1]}; differences are paired by seed, with the "
+        "seeds won; *helps* and *hurts* take 7 of 8. Hyperparameters are chosen on training or validation data, test "
+        f"images are seen once per method. {environment['cpu']}, torch {environment['torch']}, commit "
+        f"{environment['commit']}; reproduce: `make demo`, then `python -m examples.readme demo/results.json`.",
+    ]
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m examples.readme", description=__doc__.partition("\n")[0])
+    parser.add_argument("result", nargs="?", type=Path, default=RESULT)
+    options = parser.parse_args(arguments)
+    write_block("demo", table(json.loads(options.result.read_text())))
+
+
+if __name__ == "__main__":
+    main()
