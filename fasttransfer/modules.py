@@ -29,8 +29,10 @@ def freeze(
     ``requires_grad=False`` alone leaves a BatchNorm normalizing by the batch and updating its running statistics
     (pytorch#86590). Here a normalization with running statistics (BatchNorm, SyncBatchNorm, InstanceNorm) whose own
     parameters are all frozen is also held in eval mode, which ``model.train()`` does not undo, now or later: its class
-    becomes a subclass (``FrozenBatchNorm2d``) with the same ``state_dict``. One without parameters is selected by its
-    module's name. Dropout is left as it is: it belongs to the training of what comes behind it.
+    becomes a subclass (``FrozenBatchNorm2d``) with the same ``state_dict``, whose statistics nothing resets either
+    (``torch.optim.swa_utils.update_bn``). One without parameters is selected by its module's name. Convert to
+    SyncBatchNorm first: ``convert_sync_batchnorm`` makes new layers, which are not frozen. Dropout is left as it is:
+    it belongs to the training of what comes behind it.
 
     Args:
         model: Modified in place.
@@ -86,9 +88,16 @@ def thaw(
         The names of the parameters that were changed, and of the normalizations without parameters that were.
 
     Raises:
-        TypeError, ValueError: As ``freeze``.
+        TypeError, ValueError: As ``freeze``; also for a normalization whose class has been changed since (by
+            ``parametrize``). Nothing has been modified then.
     """
     params, norms = _select(model, include, exclude)
+    for name, norm in norms.items():
+        if isinstance(norm, _Frozen) and type(norm) is not _frozen(_plain(type(norm))):
+            raise ValueError(
+                f"{name!r} was frozen and has become {_kind(norm)} since: undo that first (a parametrization by "
+                "torch.nn.utils.parametrize.remove_parametrizations)"
+            )
     changed = []
     for name, p in params.items():
         if (p.is_floating_point() or p.is_complex()) and not p.requires_grad:
@@ -151,6 +160,9 @@ class _Frozen(nn.Module):
 
     def train(self, mode: bool = True) -> Any:
         return super().train(False)
+
+    def reset_running_stats(self) -> None:
+        """Nothing: ``update_bn`` resets the statistics of all BatchNorms to have them estimated in train mode."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """For pickle and copy: made as an instance of the plain class, which can be imported, then frozen again."""

@@ -162,8 +162,8 @@ def check_patterns(argument: str, patterns: Any, names: Iterable[str]) -> tuple[
     given = (patterns,) if isinstance(patterns, str) else tuple(patterns)
     names = list(names)
     for pattern in given:
-        if not isinstance(pattern, str):
-            raise TypeError(f"{argument} must be glob patterns over names, got {pattern!r}")
+        if not isinstance(pattern, str):  # not its repr: that of a parameter is pages long
+            raise TypeError(f"{argument} must be glob patterns over names, got a {type(pattern).__name__}")
         if not any(matches(name, (pattern,)) for name in names):
             raise ValueError(f"{argument}: {pattern!r} matches none of the names, which are {_some(names)}")
     return given

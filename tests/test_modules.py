@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.fx
 from torch import nn
+from torch.nn.utils import parametrize
+from torch.optim.swa_utils import AveragedModel, update_bn
 
 from fasttransfer import L2SP, freeze, replace_head, thaw
 from tests.nets import Net, tied
@@ -84,6 +86,8 @@ def test_arguments_of_the_wrong_type(function):
         function(list(Net().parameters()))
     with pytest.raises(TypeError, match="include"):
         function(Net(), include=3)
+    with pytest.raises(TypeError, match=r"include must be glob patterns over names, got a Parameter$"):
+        function(Net(), include=Net().parameters())
 
 
 def test_frozen_parameters_keep_no_gradient():
@@ -251,6 +255,40 @@ def test_frozen_models_compile():
     thaw(model)
     compiled(x)
     assert not torch.equal(model[1].running_mean, before["1.running_mean"])
+
+
+def test_nothing_resets_frozen_statistics():
+    """update_bn does, and estimates them again in train mode, which a frozen layer does not have."""
+    model = nn.Sequential(*conv_net(), nn.BatchNorm1d(3))
+    model(images())
+    freeze(model, "1")
+    average = AveragedModel(model)
+    average.update_parameters(model)
+    before = copy.deepcopy(average.module.state_dict())
+    update_bn([images()], average)
+    after = average.module.state_dict()
+    kept = {name for name, t in after.items() if torch.equal(t, before[name])}
+    assert set(after) - kept == {"5.running_mean", "5.running_var"}
+    thaw(model)
+    model[1].reset_running_stats()
+    assert not model[1].running_mean.any()
+
+
+def test_a_class_that_has_changed_since():
+    """parametrize makes a subclass of the frozen one."""
+    model = conv_net()
+    freeze(model, "1")
+    parametrize.register_parametrization(model[1], "weight", nn.Softplus(), unsafe=True)
+    freeze(model)
+    assert not model.train()[1].training
+    with pytest.raises(ValueError, match=r"'1' was frozen and has become .*ParametrizedFrozenBatchNorm2d"):
+        thaw(model)
+    assert trained(model) == []
+    model(images())
+    parametrize.remove_parametrizations(model[1], "weight")
+    thaw(model)
+    assert type(model[1]) is nn.BatchNorm2d
+    assert model[1].training
 
 
 # --------------------------------------------------------------------------------------------------- replace_head
