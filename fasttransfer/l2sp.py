@@ -173,7 +173,7 @@ class L2SP(nn.Module):
         params: dict[str, Tensor] = {}
         for name, p in found.tensors.items():
             names = found.names_of(name)
-            wanted = not included or any(matches(n, included) for n in names)
+            wanted = include is None or any(matches(n, included) for n in names)
             if p.dtype in FLOATS and wanted and not any(matches(n, excluded) for n in names):
                 params[name] = p
         if not params:

@@ -285,6 +285,7 @@ def test_recurrent_and_parametrized_models(backend):
         ({"start": nn.ReLU()}, ValueError, ["start"]),
         ({"start": {"head.bias": torch.zeros(3).int()}}, TypeError, ["head.bias", "int32"]),
         ({"include": 3}, TypeError, ["include"]),
+        ({"include": []}, ValueError, ["include"]),
         ({"include": "head.*", "exclude": "head.*"}, ValueError, ["include", "exclude"]),
         ({"model": [torch.zeros(1)]}, TypeError, ["model", "list"]),
         ({"model": nn.ReLU()}, ValueError, ["model"]),
