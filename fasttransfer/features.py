@@ -54,10 +54,11 @@ def extract_features(
         transform: Applied to the layer's output, on its device: to pool it, or to pick from a tuple. It gives a tensor
             whose first dimension is the batch, as the output itself must be without it.
         device: Where the inputs are moved. Default: where the model's first parameter (or buffer) is.
-        path: A file for the features: their rows, one after the other, in C order and without a header. It grows batch
-            by batch, and the result is mapped from it, so that features larger than memory are possible; writing to
-            the result writes to the file. Until it is complete it is called ``path + ".partial"``, which is removed on
-            failure; only then is an older file of that name replaced.
+        path: A file for the features: their rows, one after the other, in C order and without a header (to read it
+            again: ``torch.from_file(path, size=n * d, dtype=dtype).view(n, d)``; the labels are not in it). It grows
+            batch by batch, and the result is mapped from it, so that features larger than memory are possible; writing
+            to the result writes to the file. Until it is complete it is called ``path + ".partial"``, which is removed
+            on failure; only then is an older file of that name replaced.
         progress: Whether to show a progress bar on stderr. Default: if rich is installed and stderr is a terminal.
 
     Returns:
@@ -320,7 +321,11 @@ _PARTIAL = ".partial"
 
 @contextmanager
 def _to_file(path: str | os.PathLike[str]) -> Iterator[_InFile]:
-    name = os.fspath(path)
+    if not isinstance(path, (str, os.PathLike)) or not isinstance(name := os.fspath(path), str):
+        raise TypeError(f"path must be a string or a path, got {path!r}")
+    if not name:
+        raise ValueError("path must be the name of a file, got an empty one")
+    name = os.path.abspath(name)  # who computes the batches may change the directory
     if os.path.isdir(name):
         raise ValueError(f"path must be a file, got the directory {name!r}")
     partial = name + _PARTIAL

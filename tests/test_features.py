@@ -375,7 +375,27 @@ def test_a_path_that_cannot_be_written(tmp_path):
         extract_features(model, [X], path=tmp_path)
     with pytest.raises(FileNotFoundError):
         extract_features(model, [X], path=tmp_path / "no" / "features")
+    with pytest.raises(ValueError, match="path must be the name of a file"):
+        extract_features(model, [X], path="")
+    for wrong in (3, b"features"):
+        with pytest.raises(TypeError, match="path must be a string or a path, got"):
+            extract_features(model, [X], path=wrong)
     assert model.calls == 0
+
+
+def test_a_relative_path_is_of_the_directory_at_the_call(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+
+    def batches():
+        yield X
+        os.chdir("elsewhere")
+
+    features, _ = extract_features(nn.Identity(), batches(), path="features")
+    assert os.listdir(tmp_path / "elsewhere") == []
+    again = torch.from_file(str(tmp_path / "features"), size=X.numel(), dtype=X.dtype).view(X.shape)
+    assert torch.equal(features, X)
+    assert torch.equal(again, X)
 
 
 # ------------------------------------------------------------------------------------------------------ errors
