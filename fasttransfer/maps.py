@@ -188,6 +188,11 @@ def _check_fit(layer: nn.Module, source: Any, target: Any, ridge: Any, block_row
     """What both fits ask of their arguments, but for the shapes."""
     check_tensor("source", source)
     check_tensor("target", target)
+    for name in ("weight", "bias"):
+        if (
+            getattr(layer, name) is not None and name not in layer._parameters
+        ):  # written to, it would not change
+            raise ValueError(f"the map's {name} must be a parameter, got one that is computed (weight_norm)")
     for name, t in (("source", source), ("target", target), ("the map's weight", layer.weight)):
         if t.is_meta:
             raise ValueError(f"{name} must have values, got a tensor on the meta device")

@@ -415,6 +415,17 @@ def test_a_meta_map_has_no_values_to_write():
         LinearMap(4, 2, device="meta").fit(ones(3, 4), ones(3, 2))
 
 
+@pytest.mark.parametrize("name", ["weight", "bias"])
+@pytest.mark.parametrize("weight_norm", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_a_weight_that_is_computed_cannot_be_written(weight_norm, name):
+    layer = weight_norm(LinearMap(4, 2), name, dim=0 if name == "weight" else None)
+    before = copy.deepcopy(dict(layer.named_parameters()))
+    with pytest.raises(ValueError, match=f"the map's {name} must be a parameter"):
+        layer.fit(ones(3, 4), ones(3, 2))
+    assert all(torch.equal(p, before[n]) for n, p in layer.named_parameters())
+
+
 @pytest.mark.parametrize(
     "kernel, stride, error, words",
     [
