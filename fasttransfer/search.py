@@ -17,7 +17,16 @@ from fasttransfer.checks import check_count, check_flag, check_number, shape
 from fasttransfer.names import Tensors
 from fasttransfer.progress import progress_bar
 
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+_INTEGERS = (
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.uint16,
+    torch.uint32,
+    torch.bool,
+)
 
 _ENDED = object()
 
@@ -171,7 +180,7 @@ def kfold_search(
         raise TypeError(f"fit must be a generator function, got {type(fit).__name__}")
     candidates = _some("values", values)
     for i, value in enumerate(candidates):
-        if any(value == other for other in candidates[:i]):
+        if any(_equal(value, other) for other in candidates[:i]):
             raise ValueError(f"values must differ, got {value!r} twice")
     check_count("patience", patience)
     check_flag("maximize", maximize)
@@ -287,6 +296,13 @@ def _some(name: str, values: Any) -> list[Any]:
     if not found:
         raise ValueError(f"{name} must hold at least one value, got none")
     return found
+
+
+def _equal(a: Any, b: Any) -> bool:
+    try:
+        return bool(a == b)
+    except (ValueError, RuntimeError):  # arrays and tensors compare by element
+        return a is b
 
 
 def _lasting(tensors: Tensors) -> Tensors:

@@ -412,6 +412,21 @@ def test_values_that_cannot_be_hashed():
     assert kfold_search(lambda value, *_: iter([value]), torch.tensor([2.0, 1.0]), 6).best == 2.0
 
 
+@pytest.mark.parametrize("make", [torch.tensor, np.array])
+def test_values_that_compare_by_element(make):
+    values = [make([1.0, 2.0]), make([3.0, 2.0])]
+    assert kfold_search(lambda value, *_: iter([value[0]]), values, 6).best is values[1]
+    with pytest.raises(ValueError, match="values must differ"):
+        kfold_search(lambda value, *_: iter([value[0]]), [*values, values[0]], 6)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.bool])
+def test_labels_of_any_integer_dtype(dtype):
+    labels = torch.tensor([0, 1, 1, 0, 1, 0])
+    for (_, a), (_, b) in zip(folds_of(labels.to(dtype), 3), folds_of(labels, 3), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_the_strength_of_a_ridge_by_leave_one_out():
     """Against the closed form of leave-one-out: the residuals over 1 - leverage (Allen's PRESS, 1974)."""
     x, noise = torch.randn(12, 6, dtype=torch.float64), torch.randn(12, 1, dtype=torch.float64)
