@@ -174,7 +174,8 @@ def kfold_search(
     Raises:
         TypeError: ``fit`` that returns no iterator; a score that is no number; labels that are no integers.
         ValueError: No values, or one twice; folds, patience or labels out of range; a fold without any score; only NaN
-            as scores. What ``fit`` raises is passed on, with the generators of the other folds closed.
+            as scores; a ``fit`` that yields inside of ``torch.autocast``. What ``fit`` raises is passed on, with the
+            generators of the other folds closed.
     """
     if not callable(fit):
         raise TypeError(f"fit must be a generator function, got {type(fit).__name__}")
@@ -263,12 +264,25 @@ def _cross_validate(
 def _round(fits: Sequence[Iterator[Any]]) -> Iterator[float]:
     """The next score of each fold, up to the first that has none."""
     for running in fits:
+        autocast = _autocast()
         # A generator that yields inside of `with torch.no_grad():` would leave that on for the next fold's training.
-        with torch.set_grad_enabled(torch.is_grad_enabled()):
+        with (
+            torch.inference_mode(torch.is_inference_mode_enabled()),
+            torch.set_grad_enabled(torch.is_grad_enabled()),
+        ):
             score = next(running, _ENDED)
+            left_on = _autocast() != autocast
+        if left_on:  # that cannot be undone: its cache of weights lives until the generator goes on
+            raise ValueError(
+                "fit must not yield inside of torch.autocast, in which the next fold would be trained"
+            )
         if score is _ENDED:
             return
         yield _score("fit must yield", score)
+
+
+def _autocast() -> list[bool]:
+    return [torch.is_autocast_enabled(device) for device in ("cpu", "cuda")]
 
 
 def _classes(labels: Any) -> Tensor:

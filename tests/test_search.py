@@ -401,6 +401,33 @@ def test_a_fit_may_yield_without_gradients():
     assert torch.is_grad_enabled()
 
 
+def test_a_fit_may_yield_in_inference_mode():
+    def fit(value, train, validation):
+        w = torch.zeros((), requires_grad=True)
+        while value:
+            (w - value).square().backward()
+            w.data -= 0.1 * w.grad
+            with torch.inference_mode():
+                yield -(w - value).abs()
+            value -= 1
+
+    assert len(kfold_search(fit, [3, 1], 4, folds=2).curves[0]) == 3
+    assert not torch.is_inference_mode_enabled()
+    assert torch.is_grad_enabled()
+
+
+def test_a_fit_that_yields_inside_of_autocast():
+    def fit(value, train, validation):
+        with torch.autocast("cpu"):
+            yield value
+
+    with pytest.raises(ValueError, match=r"fit must not yield inside of torch\.autocast"):
+        kfold_search(fit, [1.0], 6)
+    assert not torch.is_autocast_enabled("cpu")
+    with torch.autocast("cpu"):
+        assert kfold_search(fit, [1.0], 6).best == 1.0
+
+
 def test_an_iterator_need_not_be_a_generator():
     found = kfold_search(lambda value, train, validation: iter([value, torch.tensor([value])]), [1, 3, 2], 6)
     assert (found.best, found.rounds, found.score) == (3, 1, 3.0)
