@@ -71,7 +71,8 @@ class LinearMap(nn.Linear):
         ridge, block_rows = _check_fit(self, source, target, ridge, block_rows)
         for name, t, size in (("source", source, self.in_features), ("target", target, self.out_features)):
             if t.dim() == 0 or t.shape[-1] != size:
-                raise ValueError(f"{name} must be [..., {size}], got {shape(t)}")
+                hint = "; use ConvMap for feature maps" if t.dim() == 4 and t.shape[1] == size else ""
+                raise ValueError(f"{name} must be [..., {size}], got {shape(t)}{hint}")
         if source.shape[:-1] != target.shape[:-1]:
             raise ValueError(
                 f"target must have the leading dimensions of source, {shape(source)}, got {shape(target)}"

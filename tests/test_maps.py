@@ -376,6 +376,13 @@ LINEAR_ERRORS = [
         "target must hold values whose",
     ),
     (1e-38 * torch.eye(3, 4), 1e4 * torch.eye(3, 2), {}, ValueError, "torch.float32 cannot hold"),
+    (
+        ones(1, 4, 3, 3),
+        ones(1, 2),
+        {},
+        ValueError,
+        "[..., 4], got [1, 4, 3, 3]; use ConvMap for feature maps",
+    ),
     (ones(3, 4), ones(3, 2), {"ridge": -1.0}, ValueError, "ridge must be at least 0"),
     (ones(3, 4), ones(3, 2), {"ridge": NAN}, ValueError, "ridge"),
     (ones(3, 4), ones(3, 2), {"ridge": "1"}, TypeError, "ridge must be a number"),
