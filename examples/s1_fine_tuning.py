@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import sys
 
+import torch
 from torch import nn
 
 from examples.digits import CLASSES, Split, few_labels, in_target_domain, split
@@ -36,9 +37,10 @@ def fine_tune(pretrained: nn.Module, data: Split) -> nn.Module:
     return train(copy.deepcopy(pretrained), data, steps=STEPS, rate=RATE)
 
 
-def new_head_first(pretrained: nn.Module, data: Split, classes: int = CLASSES) -> nn.Module:
+def new_head_first(pretrained: nn.Module, data: Split, seed: int, classes: int = CLASSES) -> nn.Module:
     """A new head on a frozen backbone, then both."""
     model = copy.deepcopy(pretrained)
+    torch.manual_seed(seed)  # of the head: the same one for every method
     new = replace_head(model, classes)
     freeze(model, exclude=new)
     train(model, data, steps=HEAD_STEPS, rate=HEAD_RATE)
@@ -46,16 +48,18 @@ def new_head_first(pretrained: nn.Module, data: Split, classes: int = CLASSES) -
     return train(model, data, steps=STEPS, rate=RATE)
 
 
-def new_head_only(pretrained: nn.Module, data: Split, classes: int = CLASSES) -> nn.Module:
+def new_head_only(pretrained: nn.Module, data: Split, seed: int, classes: int = CLASSES) -> nn.Module:
     """The first of the two stages."""
     model = copy.deepcopy(pretrained)
+    torch.manual_seed(seed)
     freeze(model, exclude=replace_head(model, classes))
     return train(model, data, steps=HEAD_STEPS, rate=HEAD_RATE)
 
 
-def new_head_at_once(pretrained: nn.Module, data: Split, classes: int = CLASSES) -> nn.Module:
+def new_head_at_once(pretrained: nn.Module, data: Split, seed: int, classes: int = CLASSES) -> nn.Module:
     """Both from the start, in as many steps as the two stages have."""
     model = copy.deepcopy(pretrained)
+    torch.manual_seed(seed)
     replace_head(model, classes)
     return train(model, data, steps=HEAD_STEPS + STEPS, rate=RATE)
 
@@ -67,10 +71,10 @@ def run_seed(seed: int) -> dict[str, dict[str, float]]:
     shots = few_labels(in_target_domain(data.pool, 100 + seed), PER_CLASS, seed)
     test = in_target_domain(data.test, 200 + seed)
     models = {
-        UNTRAINED: new_head_first(new_cnn(300 + seed), shots),
-        HEAD_ONLY: new_head_only(pretrained, shots),
-        AT_ONCE: new_head_at_once(pretrained, shots),
-        STAGED: new_head_first(pretrained, shots),
+        UNTRAINED: new_head_first(new_cnn(300 + seed), shots, seed),
+        HEAD_ONLY: new_head_only(pretrained, shots, seed),
+        AT_ONCE: new_head_at_once(pretrained, shots, seed),
+        STAGED: new_head_first(pretrained, shots, seed),
     }
     return {name: {"target": accuracy(model, test)} for name, model in models.items()}
 
@@ -88,7 +92,10 @@ def run(quick: bool, reporter: Reporter) -> Outcome:
     failures = []
     if not mean_of(methods, STAGED, "target") > mean_of(methods, UNTRAINED, "target"):
         failures.append(f"'{STAGED}' is not above '{UNTRAINED}': nothing was transferred")
-    headline = f"From a pretrained backbone against an untrained one: {points(methods, STAGED, UNTRAINED)}."
+    headline = (
+        f"Head first, then all: against an untrained backbone {points(methods, STAGED, UNTRAINED)}; against training "
+        f"all at once {points(methods, STAGED, AT_ONCE)}."
+    )
     return Outcome(headline, [table], {"methods": methods}, failures)
 
 

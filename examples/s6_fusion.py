@@ -142,6 +142,9 @@ def run(quick: bool, reporter: Reporter) -> Outcome:
     failures = []
     if not mean_of(methods, FUSED, "target") > mean_of(methods, RANDOM, "target"):
         failures.append(f"'{FUSED}' is not above '{RANDOM}': the map carries no knowledge")
+    # At alpha = 0 nothing but the map is left; two random ones would be at chance level, either above the other.
+    if not all(seed["curves"][FUSED][0] > seed["curves"][RANDOM][0] for seed in by_seed):
+        failures.append("at alpha = 0 the fitted map is not above the random one on every seed")
     headline = f"The CNN's knowledge fused into the GRU: {points(methods, FUSED, GRU_ALONE)}."
     return Outcome(headline, [table], results, failures)
 

@@ -104,8 +104,8 @@ def new_classes(data: Digits, seed: int) -> dict[str, dict[str, float]]:
     shots = few_labels(pool, PER_CLASS, seed)
     models = {
         SCRATCH: train(new_cnn(300 + seed, 5), shots, steps=SCRATCH_STEPS, rate=SCRATCH_RATE),
-        FROZEN: new_head_only(pretrained, shots, 5),
-        HEAD_FIRST: new_head_first(pretrained, shots, 5),
+        FROZEN: new_head_only(pretrained, shots, seed, 5),
+        HEAD_FIRST: new_head_first(pretrained, shots, seed, 5),
     }
     return {name: {"target": accuracy(model, test)} for name, model in models.items()}
 

@@ -90,11 +90,16 @@ def points(methods: Mapping[str, Any], name: str, baseline: str) -> str:
 
 
 def verdict(comparison: Mapping[str, Any]) -> str:
-    """`helps` or `hurts` where at least 7 of 8 seeds say so, else `unclear` (`no change` where all are tied)."""
+    """`helps` or `hurts` where at least 7 of 8 seeds say so, else `unclear`; `no change` where all are tied.
+
+    Fewer than 7 seeds have no verdict: two that agree do so by chance every other time.
+    """
     needed = math.ceil(7 / 8 * comparison["of"])
     losses = comparison["of"] - comparison["wins"] - comparison["ties"]
     if comparison["ties"] == comparison["of"]:
         return "no change"
+    if comparison["of"] < 7:
+        return "few seeds"
     if comparison["wins"] >= needed:
         return "helps"
     return "hurts" if losses >= needed else "unclear"

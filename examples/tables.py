@@ -10,7 +10,7 @@ from rich.table import Table
 
 from examples.seeds import verdict
 
-COLOURS = {"helps": "green", "hurts": "red", "unclear": "yellow", "no change": "dim"}
+COLOURS = {"helps": "green", "hurts": "red", "unclear": "yellow", "no change": "dim", "few seeds": "dim"}
 
 
 def comparison(
