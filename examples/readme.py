@@ -40,7 +40,7 @@ def table(results: dict[str, Any]) -> str:
     """The Markdown between the markers."""
     environment, seeds = results["environment"], results["seeds"]
     lines = [
-        "| what was done | test accuracy, % | gain, seeds won | verdict |",
+        "| what was done | test accuracy, % | gain on the row marked –, seeds won | verdict |",
         "|---|---:|---:|---|",
     ]
     for (where, title, figure, baseline), rows in CHOSEN.items():

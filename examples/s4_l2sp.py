@@ -7,7 +7,8 @@ The penalty lambda ||p - p0||^2 (Li et al. 2018) lets the few labels move the we
 Lambda, and after how many rounds to stop, are chosen by five-fold cross-validation on these fifty images alone.
 
 The row that isolates the penalty is "L2-SP, never stopped early": the same number of steps as plain fine-tuning, and
-no difference but the pull (of the strength that was chosen). Control: the pull goes to an untrained network, which knows nothing worth keeping.
+no difference but the pull (of the strength that was chosen). Control: the pull goes to an untrained network, which
+knows nothing worth keeping.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ def comparison(
         caption=f"gains in points, seeds won; verdict: {compared}, by 7 of 8 seeds",
         caption_justify="left",
         title_justify="left",
-        min_width=max(min(len(title), 100), 60),  # or the title would be wrapped
+        min_width=max(min(len(title), 100), 68),  # or the title would be wrapped
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
