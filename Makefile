@@ -1,4 +1,4 @@
-# make demo | examples | test | lint | format | build | clean        ARGS="..." goes to the program that runs
+# make demo | examples | bench | bench-quick | test | lint | format | build | clean        ARGS="..." goes to the program that runs
 #
 # Each target sets up what it needs on a fresh machine, in .venv, and only what changed since the last time.
 # Assumed: python3 and make; a C++ compiler if the native kernels are wanted (without one: pure torch).
@@ -16,7 +16,7 @@ BUILD_STAMP := $(VENV)/.stamp-build
 NATIVE_SOURCES := $(shell find csrc 2>/dev/null) $(wildcard build_tools/*.py) setup.py pyproject.toml
 CXX_SOURCES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo examples test lint format build clean FORCE
+.PHONY: help demo examples bench bench-quick test lint format build clean FORCE
 .SUFFIXES:
 
 help:
@@ -28,6 +28,13 @@ demo: $(BUILD_STAMP)
 examples: $(BUILD_STAMP)
 	@set -e; for script in examples/s[0-9]_*.py; do \
 	  name=$${script#examples/}; $(PY) -m examples.$${name%.py} $(ARGS); done
+
+# Into bench/: report.md, result.json, plots. Under 20 minutes and under 3 on two cores that do nothing else.
+bench: $(BUILD_STAMP)
+	@$(PY) -m benchmarks run --tag full $(ARGS)
+
+bench-quick: $(BUILD_STAMP)
+	@$(PY) -m benchmarks run --tag quick $(ARGS)
 
 test: $(BUILD_STAMP)
 	@$(PY) -m pytest tests $(ARGS)

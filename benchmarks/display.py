@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -10,7 +12,7 @@ WIDTH = 100  # the tables are laid out for a terminal of this width, and for a l
 
 def console_of_width() -> Console:
     """A console that is never wider than the layout, and exactly as wide in a log."""
-    console = Console()
+    console = Console(file=sys.stdout)  # this one, also where standard output is redirected meanwhile
     console.width = min(console.width, WIDTH) if console.is_terminal else WIDTH
     return console
 

@@ -25,7 +25,11 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "commit": git_commit(),
-        "gpu": "not yet measured",
+        "gpu": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else "none (not yet measured on one)",
+        "memory_gb": memory_gb(),
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "build": info,
     }
 
@@ -38,6 +42,14 @@ def cpu_model() -> str:
         return names[0]
     except (OSError, IndexError):
         return platform.processor() or platform.machine()
+
+
+def memory_gb() -> float | None:
+    """Memory of the machine in 1e9 bytes; None where it is not told."""
+    try:
+        return round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1)
+    except (ValueError, OSError, AttributeError):
+        return None
 
 
 def git_commit() -> str:

@@ -1,17 +1,22 @@
 """What the right answer is: every operation in float64, written from its formula, gradients by hand.
 
-Nothing here calls fasttransfer or autograd, so that an error there cannot hide here.
+Nothing here calls fasttransfer or autograd, so that an error there cannot hide here. A large case is computed piece
+by piece, because float64 copies of it do not fit into memory beside what is being measured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+PIECE = 4_000_000  # logits per piece
 
-def kd(student: Tensor, teacher: Tensor, temperature: float) -> list[Tensor]:
+Answer = list[Tensor]
+
+
+def kd(student: Tensor, teacher: Tensor, temperature: float) -> Answer:
     """Loss and gradient for the student logits of the mean over rows of `T^2 KL(teacher || student)`."""
     log_p = torch.log_softmax(student.double() / temperature, -1)
     log_q = torch.log_softmax(teacher.double() / temperature, -1)
@@ -24,7 +29,7 @@ def kd(student: Tensor, teacher: Tensor, temperature: float) -> list[Tensor]:
 
 def kd_with_labels(
     student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, label_weight: float
-) -> list[Tensor]:
+) -> Answer:
     """Loss and gradient of `label_weight * CE + (1 - label_weight) * T^2 KL`, both means over rows."""
     soft_loss, soft_grad = kd(student, teacher, temperature)
     log_p = torch.log_softmax(student.double(), -1)
@@ -39,33 +44,94 @@ def kd_with_labels(
     ]
 
 
-def l2sp(
-    params: Sequence[Tensor], start: Sequence[Tensor], grads: Sequence[Tensor], strength: float
-) -> list[Tensor]:
-    """The penalty, then for each parameter the gradient it had plus the penalty's."""
-    distance = [p.double() - p0.double() for p, p0 in zip(params, start, strict=True)]
-    penalty = strength * torch.stack([d.square().sum() for d in distance]).sum()
-    return [penalty] + [g.double() + 2.0 * strength * d for g, d in zip(grads, distance, strict=True)]
+class Distillation:
+    """The exact loss and gradient of one kd problem, computed when asked, and kept if they are small."""
+
+    def __init__(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        labels: Tensor | None,
+        temperature: float,
+        label_weight: float,
+    ) -> None:
+        self._student, self._teacher, self._labels = student, teacher, labels
+        self._temperature, self._label_weight = temperature, label_weight
+        self._kept: list[tuple[slice, Answer]] | None = None
+
+    def error(self, outputs: Sequence[Tensor]) -> float:
+        """The larger error of the loss and, where it is among the outputs, of the gradient [rows, V]."""
+        if len(outputs) not in (1, 2) or any(output is None for output in outputs):
+            return float("inf")
+        grad = outputs[1] if len(outputs) == 2 else None
+        if outputs[0].numel() != 1 or (grad is not None and grad.numel() != self._student.numel()):
+            return float("inf")
+        grad = None if grad is None else grad.reshape(self._student.shape)
+        loss, wrong, whole = 0.0, 0.0, 0.0
+        for rows, (part_loss, part_grad) in self._pieces():
+            share = len(part_grad) / len(self._student)  # both losses and gradients are of means over rows
+            loss += float(part_loss) * share
+            if grad is not None:
+                wrong += float((grad[rows].double() - part_grad * share).square().sum())
+                whole += float((part_grad * share).square().sum())
+        errors = [abs(float(outputs[0].double()) - loss) / max(abs(loss), 1e-300)]
+        errors += [] if grad is None else [(wrong / max(whole, 1e-300)) ** 0.5]
+        return worst_of(errors)
+
+    def _pieces(self) -> Iterator[tuple[slice, Answer]]:
+        if self._kept is not None:
+            yield from self._kept
+            return
+        rows, vocab = self._student.shape
+        step = max(1, PIECE // vocab)
+        pieces = (slice(first, min(first + step, rows)) for first in range(0, rows, step))
+        if rows * vocab <= 3 * PIECE:
+            self._kept = [(piece, self._exact(piece)) for piece in pieces]
+            yield from self._kept
+            return
+        for piece in pieces:
+            yield piece, self._exact(piece)
+
+    def _exact(self, rows: slice) -> Answer:
+        student, teacher = self._student[rows], self._teacher[rows]
+        if self._labels is None:
+            return kd(student, teacher, self._temperature)
+        return kd_with_labels(student, teacher, self._labels[rows], self._temperature, self._label_weight)
 
 
-def blend(target: Sequence[Tensor], sources: Sequence[Sequence[Tensor]], alpha: float) -> list[Tensor]:
+def l2sp(params: Sequence[Tensor], start: Sequence[Tensor], had: float, strength: float) -> Iterator[Tensor]:
+    """The penalty, then for each parameter the gradient it `had` everywhere plus the penalty's."""
+    pairs = list(zip(params, start, strict=True))
+    yield strength * torch.stack([(p.double() - p0.double()).square().sum() for p, p0 in pairs]).sum()
+    for p, p0 in pairs:
+        yield had + 2.0 * strength * (p.double() - p0.double())
+
+
+def blend(target: Sequence[Tensor], sources: Sequence[Sequence[Tensor]], alpha: float) -> Iterator[Tensor]:
     """`alpha * target + (1 - alpha) * mean(sources)`, tensor by tensor."""
     share = (1.0 - alpha) / len(sources)
-    return [
-        alpha * tensors[0].double() + share * torch.stack([s.double() for s in tensors[1:]]).sum(0)
-        for tensors in zip(target, *sources, strict=True)
-    ]
+    for t, *of_it in zip(target, *sources, strict=True):
+        exact = alpha * t.double()
+        for source in of_it:
+            exact += share * source.double()
+        yield exact
 
 
-def relative_error(outputs: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+def relative_error(outputs: Sequence[Tensor], exact: Iterable[Tensor]) -> float:
     """The largest `||output - exact|| / ||exact||` in a list; infinite for a wrong shape or a NaN."""
-    if len(outputs) != len(exact):
-        return float("inf")
-    worst = 0.0
-    for output, truth in zip(outputs, exact, strict=True):
+    errors, count = [], 0
+    for count, truth in enumerate(exact, 1):
+        output = outputs[count - 1] if count <= len(outputs) else None
         if output is None or output.shape != truth.shape:
             return float("inf")
-        error = float((output.double() - truth).norm() / truth.norm().clamp_min(1e-300))
-        if not error <= worst:  # written so that a NaN is not swallowed, as max() would
+        errors.append(float((output.double() - truth).norm() / truth.norm().clamp_min(1e-300)))
+    return worst_of(errors) if count == len(outputs) else float("inf")
+
+
+def worst_of(errors: Iterable[float]) -> float:
+    """The largest; infinite if one is NaN, which max() would swallow."""
+    worst = 0.0
+    for error in errors:
+        if not error <= worst:
             worst = error if error == error else float("inf")
     return worst
