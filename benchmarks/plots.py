@@ -21,6 +21,7 @@ OTHER = "best other"
 CONTENDERS = {NAIVE: (ACCENT, "naive eager code"), COMPILED: (SECOND, "torch.compile of it"),
               OTHER: (MUTED, "best other: torch's own calls, peers")}  # fmt: skip
 CLIFF = 32 * 2**20  # bytes
+KD, LISTS = ("forward+backward", "labels"), ("l2sp", "one", "many", "mixed")
 
 
 def style() -> AbstractContextManager[None]:
@@ -65,8 +66,22 @@ def finish(figure: Any, path: Path) -> Path:
 
 
 def plot_speed(result: dict[str, Any], directory: Path) -> Path | None:
+    """All cases of a short result in one picture: the demo's."""
+    return _plot_speed(result, plain(result["cases"], *KD, *LISTS), directory / "speed.png")
+
+
+def plot_speed_kd(result: dict[str, Any], directory: Path) -> Path | None:
+    """The cases of kd with backward."""
+    return _plot_speed(result, plain(result["cases"], *KD), directory / "speed-kd.png")
+
+
+def plot_speed_lists(result: dict[str, Any], directory: Path) -> Path | None:
+    """The cases over lists of parameters: l2sp and blend."""
+    return _plot_speed(result, plain(result["cases"], *LISTS), directory / "speed-lists.png")
+
+
+def _plot_speed(result: dict[str, Any], cases: list[dict[str, Any]], path: Path) -> Path | None:
     """Times faster than each contender (log axis, 1 = a tie), and the share of the memory roofline."""
-    cases = [c for c in plain(result["cases"]) if c["about"]["group"] not in ("scan", "cliff")]
     if not cases:
         return None
     names = {id(case): _contenders(case) for case in cases}
@@ -99,7 +114,7 @@ def plot_speed(result: dict[str, Any], directory: Path) -> Path | None:
         roofline.set_xlabel("% of torch.add (kd) or lerp_ (others)")
         roofline.set_title("Share of the memory roofline", loc="left")
         signed(figure, result)
-        return finish(figure, directory / "speed.png")
+        return finish(figure, path)
 
 
 def _contenders(case: dict[str, Any]) -> dict[str, str]:

@@ -38,7 +38,9 @@ EFFORTS = {
 
 
 def kinds_for(spec: Spec, kinds: frozenset[str]) -> frozenset[str]:
-    """torch.compile only where a case is marked for it."""
+    """torch.compile only where a case is marked for it; in a scan over sizes only the naive code beside ours."""
+    if spec.about.get("group") == "scan":
+        return kinds & {"naive"}
     return kinds if spec.compiled else kinds - {"compile"}
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import figures, oracle
+from benchmarks import figures, oracle, targets
 from benchmarks.cases import OURS, TAGS, everything, select
 from benchmarks.cases.common import KINDS
 from benchmarks.compare import compare
@@ -301,7 +301,7 @@ def test_the_committed_results_are_of_this_format() -> None:
 
 def test_the_report_of_a_tiny_result(tmp_path: Path) -> None:
     written = write(synthetic(), tmp_path)
-    assert [path.name for path in written] == ["report.md", "speed.png", "roofline.png", "cost.png"]
+    assert [path.name for path in written] == ["report.md", "speed-kd.png", "roofline.png", "cost.png"]
     assert all(path.stat().st_size > 500 for path in written)
     text = written[0].read_text()
     assert "a processor, 2 cores" in text
@@ -316,6 +316,25 @@ def test_the_report_of_a_tiny_result(tmp_path: Path) -> None:
     assert "![cost](cost.png)" in text
     for line in text.splitlines():
         assert not line.startswith("|") or line.endswith("|")
+
+
+def test_every_target_names_cases_that_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Known(dict[str, Any]):
+        def __missing__(self, key: str) -> Any:
+            raise AssertionError(f"no case {key}")
+
+    one, two = timed(2.0, ours=True, of_roofline=0.8), timed(1.0, ours=True)
+    levels = {f"{OURS}, {level}": timed(1.0, ours=True) for level in ("avx512", "avx2", "baseline")}
+    providers = {name: timed(4.0) for name in ("naive", "torch.compile", "_foreach_lerp_")}
+    providers |= {OURS: one, f"{OURS}, 1 thread": one, f"{OURS}, 2 threads": two} | levels
+    cases = Known({spec.key: case_of(spec.key, providers) for spec in everything()})
+    for case in cases.values():
+        case["rooflines"] = {"1": timed(2.0), "2": timed(1.0)}
+    found = [(target, target.measured(cases)) for target in targets.TARGETS]
+    assert all(value is not None for _, value in found)
+    assert targets.rows([]) == []
+    threads = next(value for target, value in found if "second thread" in target.what)
+    assert threads == pytest.approx(1.0)
 
 
 def test_the_report_of_next_to_nothing() -> None:
