@@ -71,11 +71,30 @@ FT_HD V vmax(V a, V b) {
   return a > b ? a : b;  // maxps: b where either is NaN
 }
 
+// One number of the N lanes of v by a tree of halves: lane after lane would be a chain of N latencies.
+template <class T, int N>
+struct Lanes {
+  typedef T V __attribute__((vector_size(N * sizeof(T))));
+  typename Lanes<T, N / 2>::V low, high;
+};
+template <class T>
+struct Lanes<T, 1> {
+  typedef T V;
+};
+
+template <class T, int N, class Combine>
+FT_HD T reduced(typename Lanes<T, N>::V v, Combine combine) {
+  if constexpr (N == 1) {
+    return v;
+  } else {
+    const Lanes<T, N> halves = bits<Lanes<T, N>>(v);
+    return reduced<T, N / 2>(combine(halves.low, halves.high), combine);
+  }
+}
+
 template <class F>
 FT_HD F horizontal_max(Vec<F> v) {
-  F m = v[0];
-  for (int i = 1; i < kLanes<F>; ++i) m = v[i] > m ? v[i] : m;
-  return m;
+  return reduced<F, kLanes<F>>(v, [](auto a, auto b) __attribute__((always_inline)) { return a > b ? a : b; });
 }
 
 // A sum of vectors in double, lane by lane.
@@ -87,12 +106,7 @@ struct DoubleSum<double> {
   Vec<double> sum{};
   FT_HD void add(Vec<double> x) { sum += x; }
   FT_HD double total() const {
-    double even = sum[0], odd = sum[1];
-    for (int i = 2; i < kLanes<double>; i += 2) {
-      even += sum[i];
-      odd += sum[i + 1];
-    }
-    return even + odd;
+    return reduced<double, kLanes<double>>(sum, [](auto a, auto b) __attribute__((always_inline)) { return a + b; });
   }
 };
 
