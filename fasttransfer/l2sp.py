@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,10 +16,12 @@ from fasttransfer.checks import (
     hides_gradient,
     shape,
 )
-from fasttransfer.memory import overlaps_itself, written_once
+from fasttransfer.memory import below_autograd, overlaps_itself, plain_lists, types_are_plain, written_once
 from fasttransfer.names import Tensors, check_patterns, collect, match, matches
 from fasttransfer.ops.blend import blend_inplace_op
 from fasttransfer.ops.l2sp import L2SPFunction, difference, l2sp_add_grad_op, l2sp_value_op
+
+_INF = float("inf")
 
 
 def l2sp_penalty(params: Tensors, start: Tensors, strength: float) -> Tensor:
@@ -69,6 +71,11 @@ def l2sp_add_grad_(
         TypeError, ValueError: As ``l2sp_penalty``; also for a sparse gradient or one whose elements overlap in
             memory. Nothing has been modified then.
     """
+    if isinstance(params, Iterator):
+        params = list(params)
+    value = _add_grad_plainly(params, start, strength, grad_scale)
+    if value is not None:
+        return value
     return _add_grad_(
         _check_pairs(params, start, check_number("strength", strength, 0)).trained(), grad_scale
     )
@@ -339,6 +346,30 @@ def _penalty(selected: _Selection) -> Tensor:
     if hides_gradient(params) or (torch.is_grad_enabled() and any(p.requires_grad for p in params)):
         return L2SPFunction.apply(start, strength, *params)
     return l2sp_value_op(params, start, strength)
+
+
+def _add_grad_plainly(params: Any, start: Any, strength: Any, grad_scale: Any) -> Tensor | None:
+    """The usual call without a look at each tensor from here, or None: then nothing has happened.
+
+    Lists (or single tensors) of which every parameter has a start point and a gradient. The native kernel refuses,
+    before it writes, what differs in shape, dtype, device or layout; the way with the words finds out what that was.
+    """
+    scale = 1.0 if grad_scale is None else grad_scale
+    if not (type(strength) is type(scale) is float and 0 <= strength < _INF and 0 <= scale < _INF):
+        return None
+    found = plain_lists(params, [start])
+    if found is None or not all([p.requires_grad and p.is_leaf for p in found[0]]):
+        return None
+    own, points = found
+    grads = [p.grad for p in own]
+    if not (types_are_plain(grads) and len({*map(id, own)}) == len(own)):
+        return None
+    try:
+        torch.autograd.graph.increment_version(grads)  # type: ignore[arg-type]
+        with below_autograd():
+            return l2sp_add_grad_op(own, points, grads, [strength], [1], scale, None)
+    except RuntimeError:
+        return None
 
 
 @torch.no_grad()

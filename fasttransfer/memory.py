@@ -1,4 +1,4 @@
-"""Who shares memory with whom: checks before several threads write to tensors of the caller."""
+"""Who shares memory with whom: checks before several threads write to tensors of the caller; the usual case at once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,51 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
+
+from fasttransfer import native
+from fasttransfer.ops.library import reference_forced
+
+# A dispatcher call without autograd and without the count of versions, for half of what torch.no_grad costs.
+below_autograd = torch._C._AutoDispatchBelowADInplaceOrView
+PLAIN = frozenset({Tensor, nn.Parameter})
+SEQUENCES = frozenset({list, tuple})
+
+
+def transforming() -> bool:
+    """Whether forward-mode derivatives or a transform of torch.func are at work: a plain call might drop them."""
+    return forward_ad._current_level >= 0 or peek_interpreter_stack() is not None
+
+
+def types_are_plain(tensors: Sequence[Any]) -> bool:
+    """Whether all are tensors of torch's own types: nothing that overrides what it means to compute with them."""
+    return PLAIN.issuperset(map(type, tensors))
+
+
+def plain_lists(first: Any, others: Sequence[Any]) -> list[Sequence[Tensor]] | None:
+    """``first`` and each of ``others`` as lists of plain CPU tensors of one length, if the native kernels serve them.
+
+    For the fast ways past the general checks, which cost more than a small tensor's arithmetic: what is returned has
+    not been checked for dtype, shape or layout. None, without a word, for all that needs a closer look.
+    """
+    if torch.compiler.is_compiling() or not native.native_available() or reference_forced():
+        return None
+    if transforming():
+        return None
+    if type(first) in PLAIN:
+        lists: list[Sequence[Tensor]] = [[first], *([x] for x in others)]
+    elif type(first) in SEQUENCES and first and SEQUENCES.issuperset(map(type, others)):
+        lists = [first, *others]
+        if not all([len(x) == len(first) for x in others]):
+            return None
+    else:
+        return None
+    for tensors in lists:
+        if not (types_are_plain(tensors) and all([t.is_cpu for t in tensors])):
+            return None
+    return lists
 
 
 def overlaps_itself(t: Tensor) -> bool:
@@ -43,7 +87,7 @@ def written_once(
             source that overlaps a target otherwise than as that target itself, an inference tensor outside of
             inference mode.
     """
-    if _plainly_separate(targets, [s for row in rows for s in row]):
+    if plainly_separate(targets, [s for row in rows for s in row]):
         return list(range(len(targets)))
     for i, t in enumerate(targets):
         if overlaps_itself(t):
@@ -57,20 +101,25 @@ def written_once(
     return kept
 
 
-def _plainly_separate(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> bool:
+def plainly_separate(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> bool:
     """Whether all is contiguous and no target touches anything else: the usual case, without a look at each tensor."""
-    tensors = [*targets, *sources]
-    if not all(map(Tensor.is_contiguous, tensors)) or any(map(Tensor.is_inference, targets)):
+    if not (all([t.is_contiguous() for t in targets]) and all([s.is_contiguous() for s in sources])):
         return False
-    ranges = sorted(
-        (start, start + t.nbytes, i < len(targets))
-        for i, (start, t) in enumerate(zip(map(Tensor.data_ptr, tensors), tensors, strict=True))
-    )
+    if any([t.is_inference() for t in targets]):
+        return False
+    if len(targets) == len(sources) == 1:
+        t, s = targets[0], sources[0]
+        a, b = t.data_ptr(), s.data_ptr()
+        return a + t.nbytes <= b or b + s.nbytes <= a
+    ranges = [(t.data_ptr(), t.nbytes, True) for t in targets]
+    ranges += [(s.data_ptr(), s.nbytes, False) for s in sources]
+    ranges.sort()
     target_end = end = 0
-    for start, stop, is_target in ranges:
+    for start, size, is_target in ranges:
         if start < (end if is_target else target_end):
             return False
-        end = max(end, stop)
+        if start + size > end:
+            end = start + size
         if is_target:
             target_end = end
     return True

@@ -37,74 +37,63 @@ class Values {
   std::vector<double> values_;
 };
 
-// One target with its sources.
+// One target with its sources; its terms are in one list for all items.
 struct Item {
-  Operands operands;  // output, target, sources; the output first, since it is the one that is written
-  std::vector<BlendTerm> terms;
   BlendRun run{};
+  size_t first_term = 0;
   bool in_double = false;
 };
 
-// The largest coefficient first, zeros left out.
-void order_terms(std::vector<BlendTerm>& terms) {
+// The largest coefficient first, zeros left out; returns how many are left.
+int order_terms(BlendTerm* terms, size_t count) {
   const auto larger = [](const BlendTerm& a, const BlendTerm& b) { return std::abs(a.coef) < std::abs(b.coef); };
-  std::swap(terms[0], *std::max_element(terms.begin(), terms.end(), larger));
-  terms.erase(std::remove_if(terms.begin() + 1, terms.end(), [](const BlendTerm& t) { return t.coef == 0; }),
-              terms.end());
-}
-
-Item make_item(const Tensor& out, const Tensor& target, const Tensor* sources, const std::vector<double>& weights,
-               double alpha, std::optional<double> scale) {
-  std::vector<Tensor> tensors{out, target};
-  tensors.insert(tensors.end(), sources, sources + weights.size());
-  Item item{Operands(std::move(tensors))};
-  const double source_scale = scale ? *scale : 1 - alpha;
-  double sum = alpha;
-  item.terms.push_back({item.operands[1].const_data_ptr(), dtype_of(target), alpha});
-  item.in_double = is_double(target);
-  for (size_t j = 0; j < weights.size(); ++j) {
-    STD_TORCH_CHECK(sources[j].numel() == target.numel() && sources[j].dim() == target.dim(),
-                    "fasttransfer::blend: a target and a source differ in shape");
-    const double coef = source_scale * weights[j];
-    item.terms.push_back({item.operands[2 + j].const_data_ptr(), dtype_of(sources[j]), coef});
-    item.in_double = item.in_double || is_double(sources[j]);
-    sum += coef;
-  }
-  order_terms(item.terms);
-  item.run.out = item.operands[0].mutable_data_ptr();
-  item.run.out_dtype = dtype_of(out);
-  item.run.convex = std::abs(sum - 1) < 1e-12;
-  item.run.n = target.numel();
-  return item;
+  std::swap(terms[0], *std::max_element(terms, terms + count, larger));
+  return int(std::remove_if(terms + 1, terms + count, [](const BlendTerm& t) { return t.coef == 0; }) - terms);
 }
 
 void run(const std::vector<Tensor>& outs, const std::vector<Tensor>& targets, const std::vector<Tensor>& sources,
          const std::vector<double>& alpha, const OptTensor& alpha_tensor, const std::vector<double>& scale,
          const OptTensor& scale_tensor, const std::vector<double>& weights) {
-  const size_t n = targets.size();
-  STD_TORCH_CHECK(!weights.empty() && sources.size() == n * weights.size(),
-                  "fasttransfer::blend: one source per target and weight");
+  const size_t n = targets.size(), k = weights.size();
+  STD_TORCH_CHECK(k > 0 && sources.size() == n * k, "fasttransfer::blend: one source per target and weight");
   const Values alphas(alpha, alpha_tensor, n), scales(scale, scale_tensor, n);
   STD_TORCH_CHECK(n == 0 || alphas.given(), "fasttransfer::blend: alpha is missing");
-  std::vector<Item> items;
-  std::vector<int64_t> sizes;
+  Operands operands;
+  std::vector<Operand> item_operands(k + 2);  // output, target, sources
+  std::vector<BlendTerm> terms(n * (k + 1));  // target, sources of each item
+  std::vector<Item> items(n);
+  std::vector<int64_t> sizes(n);
   for (size_t i = 0; i < n; ++i) {
-    items.push_back(make_item(outs[i], targets[i], &sources[i * weights.size()], weights, alphas[i],
-                              scales.given() ? std::optional<double>(scales[i]) : std::nullopt));
-    sizes.push_back(items.back().run.n);
+    const double source_scale = scales.given() ? scales[i] : 1 - alphas[i];
+    item_operands[0] = {&outs[i], true};
+    item_operands[1] = {&targets[i], false};
+    for (size_t j = 0; j < k; ++j) item_operands[2 + j] = {&sources[i * k + j], false};
+    operands.flatten(item_operands.data(), k + 2);
+    Item& item = items[i];
+    item.first_term = i * (k + 1);
+    BlendTerm* own = &terms[item.first_term];
+    double sum = 0;
+    for (size_t j = 0; j <= k; ++j) {
+      const Operand& x = item_operands[1 + j];
+      own[j] = {x.data, x.dtype, j == 0 ? alphas[i] : source_scale * weights[j - 1]};
+      sum += own[j].coef;
+      item.in_double = item.in_double || x.dtype == DType::kFloat64;
+    }
+    item.run.count = order_terms(own, k + 1);
+    item.run.out = item_operands[0].data;
+    item.run.out_dtype = item_operands[0].dtype;
+    item.run.convex = std::abs(sum - 1) < 1e-12;
+    sizes[i] = targets[i].numel();
   }
   const Kernels& kernel = kernels();
   for_each_chunk(sizes, [&](int64_t, size_t i, int64_t begin, int64_t count) {
-    std::vector<BlendTerm> terms = items[i].terms;
-    for (BlendTerm& term : terms) term.data = static_cast<const char*>(term.data) + begin * bytes_of(term.dtype);
     BlendRun r = items[i].run;
-    r.out = static_cast<char*>(r.out) + begin * bytes_of(r.out_dtype);
-    r.terms = terms.data();
-    r.count = int(terms.size());
+    r.terms = &terms[items[i].first_term];
+    r.begin = begin;
     r.n = count;
     (items[i].in_double ? kernel.blend_run_double : kernel.blend_run_float)(r);
   });
-  for (Item& item : items) item.operands.finish(0);
+  operands.finish();
 }
 
 std::vector<Tensor> blend(std::vector<Tensor> targets, std::vector<Tensor> sources, std::vector<double> alpha,

@@ -24,11 +24,50 @@ FT_HD Vec<F> term(Vec<F> x, Vec<F> base, F coef) {
 
 constexpr int kGroup = 4;  // terms beside the base that one pass over a block adds up
 
+// out = (sum, or the base times its coefficient) + kCount terms. The output may be the memory of any operand.
+template <class F, bool kConvex, bool kFirst, int kCount>
+FT_HD void blend_block(const F* base, F base_coef, const F* sum, const F* const* x, const F* coef, F* out,
+                       int64_t n) {
+  for_each_vector<F>(n, [&](int64_t i, auto mem) __attribute__((always_inline)) {
+    prefetch(base + i + kAhead<F>);
+    const Vec<F> b = mem.load(base + i);
+    // A coefficient of 0 does not look at its operand; that of the base is 0 only where all are.
+    Vec<F> total = !kFirst ? mem.load(sum + i) : base_coef == F(0) ? Vec<F>{} : b * base_coef;
+#pragma GCC unroll 8
+    for (int j = 0; j < kCount; ++j) {
+      prefetch(x[j] + i + kAhead<F>);
+      total += term<F, kConvex>(mem.load(x[j] + i), b, coef[j]);
+    }
+    mem.store(out + i, total);
+  });
+}
+
+template <class F, bool kConvex, bool kFirst>
+FT_HD void blend_block(int count, const F* base, F base_coef, const F* sum, const F* const* x, const F* coef, F* out,
+                       int64_t n) {
+  static_assert(kGroup == 4);
+  switch (count) {
+    case 0:
+      return blend_block<F, kConvex, kFirst, 0>(base, base_coef, sum, x, coef, out, n);
+    case 1:
+      return blend_block<F, kConvex, kFirst, 1>(base, base_coef, sum, x, coef, out, n);
+    case 2:
+      return blend_block<F, kConvex, kFirst, 2>(base, base_coef, sum, x, coef, out, n);
+    case 3:
+      return blend_block<F, kConvex, kFirst, 3>(base, base_coef, sum, x, coef, out, n);
+    default:
+      return blend_block<F, kConvex, kFirst, 4>(base, base_coef, sum, x, coef, out, n);
+  }
+}
+
 template <class F, bool kConvex>
 void blend_run_as(const BlendRun& run) {
   Buffer<F> base_buffer, x_buffers[kGroup], sum_buffer, out_buffer;
-  for (int64_t begin = 0; begin < run.n; begin += kBlock) {
-    const int64_t n = run.n - begin < kBlock ? run.n - begin : kBlock;
+  bool direct = run.count - 1 <= kGroup && is_type<F>(run.out_dtype);
+  for (int j = 0; j < run.count; ++j) direct = direct && is_type<F>(run.terms[j].dtype);
+  const int64_t block = direct ? run.n : kBlock, end = run.begin + run.n;
+  for (int64_t begin = run.begin; begin < end; begin += block) {
+    const int64_t n = end - begin < block ? end - begin : block;
     const F* base = read_block<F>(run.terms[0].dtype, run.terms[0].data, begin, n, base_buffer);
     F* out = result_block<F>(run.out_dtype, run.out, begin, out_buffer);
     const F base_coef = kConvex ? F(1) : F(run.terms[0].coef);
@@ -44,19 +83,13 @@ void blend_run_as(const BlendRun& run) {
         coef[j] = F(t.coef);
       }
       first += count;
-      // The output may be the memory of any term, so only the last group writes there.
+      // Only the last group writes to the output, which may be the memory of any term.
       F* to = first < run.count ? sum_buffer.values : out;
-      for_each_vector<F>(n, [&](int64_t i, auto mem) __attribute__((always_inline)) {
-        prefetch(base + i + kAhead<F>);
-        const Vec<F> b = mem.load(base + i);
-        // A coefficient of 0 does not look at its operand; that of the base is 0 only where all are.
-        Vec<F> total = sum ? mem.load(sum + i) : base_coef == F(0) ? Vec<F>{} : b * base_coef;
-        for (int j = 0; j < count; ++j) {
-          prefetch(x[j] + i + kAhead<F>);
-          total += term<F, kConvex>(mem.load(x[j] + i), b, coef[j]);
-        }
-        mem.store(to + i, total);
-      });
+      if (sum) {
+        blend_block<F, kConvex, false>(count, base, base_coef, sum, x, coef, to, n);
+      } else {
+        blend_block<F, kConvex, true>(count, base, base_coef, sum, x, coef, to, n);
+      }
       sum = to;
     } while (first < run.count);
     write_block<F>(run.out_dtype, run.out, begin, n, out_buffer);

@@ -19,7 +19,14 @@ struct alignas(64) Buffer {
   F values[kBlock];
 };
 
-// Elements [begin, begin + n) of `data`, n <= kBlock.
+// Whether blocks of this type are read and written where they are. Where all operands' are, a block may be the whole
+// run: going on without a stop at every kBlock elements is worth 3% at the speed of memory.
+template <class F>
+FT_HD bool is_type(DType dtype) {
+  return dtype == (sizeof(F) == 8 ? DType::kFloat64 : DType::kFloat32);
+}
+
+// Elements [begin, begin + n) of `data`, n <= kBlock or is_type<F>(dtype).
 template <class F>
 FT_HD const F* read_block(DType dtype, const void* data, int64_t begin, int64_t n, Buffer<F>& buffer) {
   return with_dtype(dtype, [&](auto tag) __attribute__((always_inline)) -> const F* {
@@ -30,7 +37,10 @@ FT_HD const F* read_block(DType dtype, const void* data, int64_t begin, int64_t 
     } else {
       constexpr int L = kLanes<F>;
       int64_t i = 0;
-      for (; i + L <= n; i += L) Memory<F, F>::store(buffer.values + i, Memory<F, S>::load(p + i));
+      for (; i + L <= n; i += L) {
+        prefetch(p + i + kAhead<S>);
+        Memory<F, F>::store(buffer.values + i, Memory<F, S>::load(p + i));
+      }
       if (i < n) Memory<F, F>::store(buffer.values + i, load_partial<F, S>(p + i, n - i, S{}));
       return buffer.values;
     }
@@ -40,8 +50,7 @@ FT_HD const F* read_block(DType dtype, const void* data, int64_t begin, int64_t 
 // Where a block of results is computed: in place if `data` holds F, in the buffer otherwise.
 template <class F>
 FT_HD F* result_block(DType dtype, void* data, int64_t begin, Buffer<F>& buffer) {
-  const bool in_place = dtype == (sizeof(F) == 8 ? DType::kFloat64 : DType::kFloat32);
-  return in_place ? static_cast<F*>(data) + begin : buffer.values;
+  return is_type<F>(dtype) ? static_cast<F*>(data) + begin : buffer.values;
 }
 
 // Rounds a block that result_block() put in the buffer to its storage type.

@@ -65,7 +65,7 @@ struct BlendRun {
   const BlendTerm* terms;  // the first is the base, of the largest coefficient; zeros are left out
   int count;               // at least 1
   bool convex;             // the coefficients sum to 1
-  int64_t n;
+  int64_t begin, n;        // elements [begin, begin + n) of the output and of every term
 };
 
 struct Kernels {

@@ -15,34 +15,30 @@ using OptTensor = std::optional<Tensor>;
 
 // One parameter of the list, as its run's template.
 struct Item {
-  Operands operands;  // parameter, then start and gradient where there are
   L2spRun run{};
   bool in_double = false;
   double strength = 0;
 };
 
-Item make_item(const Tensor& param, const OptTensor& start, const Tensor* grad, double strength, double factor,
-               bool accumulate) {
-  std::vector<Tensor> tensors{param};
-  if (start) tensors.push_back(*start);
-  if (grad) tensors.push_back(*grad);
-  for (const Tensor& t : tensors) {
-    STD_TORCH_CHECK(t.numel() == param.numel() && t.dim() == param.dim(),
-                    "fasttransfer::l2sp: a parameter, its start and its gradient differ in shape");
-  }
-  Item item{Operands(std::move(tensors))};
-  const Tensor& p = item.operands[0];
-  item.run.param = p.const_data_ptr();
-  item.run.param_dtype = dtype_of(p);
-  item.in_double = is_double(param) || (start && is_double(*start));
+Item make_item(Operands& operands, const Tensor& param, const OptTensor& start, const Tensor* grad, double strength,
+               double factor, bool accumulate) {
+  Operand all[3] = {{&param, false}};
+  size_t count = 1;
+  if (start) all[count++] = {&*start, false};
+  if (grad) all[count++] = {grad, true};
+  operands.flatten(all, count);
+  Item item;
+  item.run.param = all[0].data;
+  item.run.param_dtype = all[0].dtype;
+  item.in_double = all[0].dtype == DType::kFloat64;
   if (start) {
-    item.run.start = item.operands[1].const_data_ptr();
-    item.run.start_dtype = dtype_of(item.operands[1]);
+    item.run.start = all[1].data;
+    item.run.start_dtype = all[1].dtype;
+    item.in_double = item.in_double || all[1].dtype == DType::kFloat64;
   }
   if (grad) {
-    const Tensor& g = item.operands[start ? 2 : 1];
-    item.run.grad = g.mutable_data_ptr();
-    item.run.grad_dtype = dtype_of(g);
+    item.run.grad = all[count - 1].data;
+    item.run.grad_dtype = all[count - 1].dtype;
   }
   item.run.factor = factor;
   item.run.accumulate = accumulate;
@@ -58,6 +54,7 @@ const void* advance(const void* p, DType dtype, int64_t elements) {
 // sum_i strength_i ||p_i - p0_i||^2, and whatever the runs write.
 double run_all(const std::vector<Item>& items) {
   std::vector<int64_t> sizes;
+  sizes.reserve(items.size());
   for (const Item& item : items) sizes.push_back(item.run.n);
   std::vector<double> values(chunk_count(sizes), 0.0);
   const Kernels& kernel = kernels();
@@ -74,14 +71,19 @@ double run_all(const std::vector<Item>& items) {
 }
 
 void check_lists(size_t params, size_t start, size_t strength) {
-  STD_TORCH_CHECK(params > 0 && start == params && strength == params,
-                  "fasttransfer::l2sp: params, start and strength must be lists of one length, at least 1");
+  STD_TORCH_CHECK(params > 0 && start == params && (strength == params || strength == 1),
+                  "fasttransfer::l2sp: params and start must be lists of one length, at least 1, strength too or "
+                  "one value for all");
 }
 
-Tensor scalar(const std::vector<Tensor>& params, double value) {
-  const bool as_double = std::any_of(params.begin(), params.end(), is_double);
-  Tensor t = torch::stable::new_empty(params[0], {}, as_double ? ScalarType::Double : ScalarType::Float);
-  if (as_double) {
+Tensor new_scalar(const std::vector<Tensor>& params) {
+  const bool as_double =
+      std::any_of(params.begin(), params.end(), [](const Tensor& t) { return storage_of(t) == DType::kFloat64; });
+  return torch::stable::new_empty(params[0], {}, as_double ? ScalarType::Double : ScalarType::Float);
+}
+
+Tensor& write_scalar(Tensor& t, double value) {
+  if (storage_of(t) == DType::kFloat64) {
     *t.mutable_data_ptr<double>() = value;
   } else {
     *t.mutable_data_ptr<float>() = float(value);
@@ -97,11 +99,14 @@ double read_scalar(const Tensor& t) {
 
 Tensor l2sp_value(std::vector<Tensor> params, std::vector<OptTensor> start, std::vector<double> strength) {
   check_lists(params.size(), start.size(), strength.size());
+  Operands operands;
   std::vector<Item> items;
+  items.reserve(params.size());
   for (size_t i = 0; i < params.size(); ++i) {
-    items.push_back(make_item(params[i], start[i], nullptr, strength[i], 0, false));
+    items.push_back(make_item(operands, params[i], start[i], nullptr, value_of(strength, i), 0, false));
   }
-  return scalar(params, run_all(items));
+  Tensor value = new_scalar(params);
+  return write_scalar(value, run_all(items));
 }
 
 std::vector<Tensor> l2sp_grad(std::vector<Tensor> params, std::vector<OptTensor> start, std::vector<double> strength,
@@ -109,13 +114,17 @@ std::vector<Tensor> l2sp_grad(std::vector<Tensor> params, std::vector<OptTensor>
   check_lists(params.size(), start.size(), strength.size());
   const double up = read_scalar(upstream);
   std::vector<Tensor> grads;
+  grads.reserve(params.size());
+  for (const Tensor& p : params) grads.push_back(torch::stable::empty_like(p));
+  Operands operands;
   std::vector<Item> items;
+  items.reserve(params.size());
   for (size_t i = 0; i < params.size(); ++i) {
-    grads.push_back(torch::stable::empty_like(params[i]));
-    items.push_back(make_item(params[i], start[i], &grads[i], strength[i], 2 * strength[i] * up, false));
+    const double weight = value_of(strength, i);
+    items.push_back(make_item(operands, params[i], start[i], &grads[i], weight, 2 * weight * up, false));
   }
   run_all(items);
-  for (size_t i = 0; i < params.size(); ++i) items[i].operands.finish(start[i] ? 2 : 1);
+  operands.finish();
   return grads;
 }
 
@@ -123,17 +132,21 @@ Tensor l2sp_add_grad_(std::vector<Tensor> params, std::vector<OptTensor> start, 
                       std::vector<double> strength, std::vector<int64_t> accumulate, double grad_scale,
                       const OptTensor& grad_scale_tensor) {
   check_lists(params.size(), start.size(), strength.size());
-  STD_TORCH_CHECK(grads.size() == params.size() && accumulate.size() == params.size(),
-                  "fasttransfer::l2sp_add_grad_: one gradient and one flag per parameter");
+  STD_TORCH_CHECK(grads.size() == params.size() && (accumulate.size() == params.size() || accumulate.size() == 1),
+                  "fasttransfer::l2sp_add_grad_: one gradient per parameter, and one flag for each or for all");
   const double scale = grad_scale_tensor ? read_scalar(*grad_scale_tensor) : grad_scale;
+  Operands operands;
   std::vector<Item> items;
+  items.reserve(params.size());
   for (size_t i = 0; i < params.size(); ++i) {
-    items.push_back(
-        make_item(params[i], start[i], &grads[i], strength[i], 2 * strength[i] * scale, accumulate[i] != 0));
+    const double weight = value_of(strength, i);
+    const bool add = accumulate[accumulate.size() == 1 ? 0 : i] != 0;
+    items.push_back(make_item(operands, params[i], start[i], &grads[i], weight, 2 * weight * scale, add));
   }
-  const double value = run_all(items);
-  for (size_t i = 0; i < params.size(); ++i) items[i].operands.finish(start[i] ? 2 : 1);
-  return scalar(params, value);
+  Tensor value = new_scalar(params);  // what can fail comes before the first gradient is written
+  write_scalar(value, run_all(items));
+  operands.finish();
+  return value;
 }
 
 }  // namespace

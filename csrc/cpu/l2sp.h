@@ -43,9 +43,12 @@ FT_HD double l2sp_block(const F* p, const F* p0, const F* grad_in, F* grad, F fa
 template <class F>
 double l2sp_run(const L2spRun& run) {
   Buffer<F> p_buffer, start_buffer, grad_in_buffer, grad_buffer;
+  const bool direct = is_type<F>(run.param_dtype) && (!run.start || is_type<F>(run.start_dtype)) &&
+                      (!run.grad || is_type<F>(run.grad_dtype));
+  const int64_t block = direct ? run.n : kBlock;
   double value = 0;
-  for (int64_t begin = 0; begin < run.n; begin += kBlock) {
-    const int64_t n = run.n - begin < kBlock ? run.n - begin : kBlock;
+  for (int64_t begin = 0; begin < run.n; begin += block) {
+    const int64_t n = run.n - begin < block ? run.n - begin : block;
     const F* p = read_block<F>(run.param_dtype, run.param, begin, n, p_buffer);
     const F* p0 = run.start ? read_block<F>(run.start_dtype, run.start, begin, n, start_buffer) : nullptr;
     const F factor = F(run.factor);

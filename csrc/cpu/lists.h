@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <memory>
 #include <numeric>
 #include <utility>
 #include <vector>
@@ -39,20 +40,59 @@ void for_each_chunk(const std::vector<int64_t>& sizes, const Fn& f) {
   });
 }
 
-// Whether the elements fill their memory without gaps, in some order of the dimensions.
-inline bool is_dense(const Tensor& t) {
+// t.scalar_type() compares with the code of one dtype after the other, each of them a call: as long as a small
+// tensor's arithmetic.
+inline DType storage_of(const Tensor& t) {
+  static const int32_t codes[] = {aoti_torch_dtype_float32(), aoti_torch_dtype_float64(), aoti_torch_dtype_bfloat16(),
+                                  aoti_torch_dtype_float16()};
+  int32_t code;
+  STD_TORCH_CHECK(aoti_torch_get_dtype(t.get(), &code) == AOTI_TORCH_SUCCESS, "fasttransfer: a tensor without dtype");
+  for (DType dtype : {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16}) {
+    if (code == codes[int(dtype)]) return dtype;
+  }
+  return dtype_of(t);  // throws
+}
+
+// A dense CPU tensor of this shape: what a kernel may read without a look at its strides, if it is contiguous.
+inline void check_operand(const Tensor& t, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+  static const int32_t strided = aoti_torch_layout_strided();
+  int32_t layout;
+  STD_TORCH_CHECK(aoti_torch_get_layout(t.get(), &layout) == AOTI_TORCH_SUCCESS && layout == strided && t.is_cpu(),
+                  "fasttransfer: expected a dense tensor on the CPU");
+  const auto own = t.sizes();
+  STD_TORCH_CHECK(own.size() == sizes.size() && std::equal(own.begin(), own.end(), sizes.begin()),
+                  "fasttransfer: tensors that belong together differ in shape");
+}
+
+// Dimensions of more than one element as (stride, size), the innermost first.
+inline std::vector<std::pair<int64_t, int64_t>> dimensions(const Tensor& t) {
   const auto sizes = t.sizes(), strides = t.strides();
   std::vector<std::pair<int64_t, int64_t>> dims;
   for (size_t d = 0; d < sizes.size(); ++d) {
     if (sizes[d] != 1) dims.emplace_back(strides[d], sizes[d]);
   }
   std::sort(dims.begin(), dims.end());
+  return dims;
+}
+
+// Whether the elements fill their memory without gaps, in some order of the dimensions.
+inline bool is_dense(const Tensor& t) {
   int64_t expected = 1;
-  for (const auto& [stride, size] : dims) {
+  for (const auto& [stride, size] : dimensions(t)) {
     if (stride != expected) return false;
     expected *= size;
   }
   return true;
+}
+
+// Whether two indices may be the same memory (an expanded tensor).
+inline bool overlaps_itself(const Tensor& t) {
+  int64_t reach = 0;
+  for (const auto& [stride, size] : dimensions(t)) {
+    if (size > 1 && stride <= reach) return true;
+    reach += stride * (size - 1);
+  }
+  return false;
 }
 
 inline bool same_order(const Tensor& a, const Tensor& b) {
@@ -63,29 +103,67 @@ inline bool same_order(const Tensor& a, const Tensor& b) {
   return true;
 }
 
-// The operands of one elementwise item, so that element i of each lies at position i of its memory: as they are if
-// they are dense in the same order (contiguous, or all channels_last), else contiguous copies. finish() copies a
-// written copy back.
+struct Operand {
+  const Tensor* tensor;
+  bool written;
+  void* data = nullptr;  // filled in by Operands::flatten, as the dtype is
+  DType dtype = DType::kFloat32;
+};
+
+// The operands of elementwise items, so that element i of each lies at position i of its memory: as they are if
+// they are dense in the same order (contiguous, or all channels_last), else contiguous copies, which live as long as
+// this. finish() copies written copies back.
 class Operands {
  public:
-  explicit Operands(std::vector<Tensor> tensors) : tensors_(std::move(tensors)) {
-    bool flat = is_dense(tensors_.front());
-    for (size_t i = 1; i < tensors_.size() && flat; ++i) flat = same_order(tensors_.front(), tensors_[i]);
-    if (flat) return;
-    original_ = tensors_;
-    for (Tensor& t : tensors_) t = torch::stable::contiguous(t);
+  // One item; its first operand gives the shape. Throws, before anything was written, where they do not fit.
+  void flatten(Operand* operands, size_t count) {
+    const Tensor& first = *operands[0].tensor;
+    const auto sizes = first.sizes();
+    bool contiguous = true;
+    for (size_t i = 0; i < count; ++i) {
+      check_operand(*operands[i].tensor, sizes);
+      operands[i].dtype = storage_of(*operands[i].tensor);
+      contiguous = operands[i].tensor->is_contiguous() && contiguous;
+    }
+    const bool flat = contiguous || same_dense_order(operands, count);
+    for (size_t i = 0; i < count; ++i) {
+      const Tensor& t = *operands[i].tensor;
+      STD_TORCH_CHECK(contiguous || !operands[i].written || !overlaps_itself(t),
+                      "fasttransfer: a tensor whose elements overlap in memory cannot be written");
+      const Tensor* used = &t;
+      if (!flat && !t.is_contiguous()) {
+        copies_.push_back(std::make_unique<Copy>(Copy{t, torch::stable::contiguous(t), operands[i].written}));
+        used = &copies_.back()->copy;
+      }
+      operands[i].data = operands[i].written ? used->mutable_data_ptr() : const_cast<void*>(used->const_data_ptr());
+    }
   }
 
-  const Tensor& operator[](size_t i) const { return tensors_[i]; }
-
-  void finish(size_t written) {
-    if (original_.empty() || tensors_[written].const_data_ptr() == original_[written].const_data_ptr()) return;
-    torch::stable::copy_(original_[written], tensors_[written]);
+  void finish() {
+    for (const auto& c : copies_) {
+      if (c->written) torch::stable::copy_(c->original, c->copy);
+    }
   }
 
  private:
-  std::vector<Tensor> tensors_, original_;
+  struct Copy {
+    Tensor original, copy;
+    bool written;
+  };
+
+  static bool same_dense_order(const Operand* operands, size_t count) {
+    if (!is_dense(*operands[0].tensor)) return false;
+    for (size_t i = 1; i < count; ++i) {
+      if (!same_order(*operands[0].tensor, *operands[i].tensor)) return false;
+    }
+    return true;
+  }
+
+  std::vector<std::unique_ptr<Copy>> copies_;
 };
+
+// Value i of a list that has one for each of n items, or one for all.
+inline double value_of(const std::vector<double>& values, size_t i) { return values[values.size() == 1 ? 0 : i]; }
 
 inline bool is_double(const Tensor& t) { return t.scalar_type() == ScalarType::Double; }
 

@@ -2,7 +2,7 @@
 
 ``sum_i strength_i ||p_i - p0_i||^2`` and ``2 strength_i (p_i - p0_i)``; ``p0_i = 0`` where there is no start point.
 Li, Grandvalet and Davoine, "Explicit Inductive Bias for Transfer Learning with Convolutional Networks" (2018), eq. 3,
-whose alpha/2 is ``strength`` here.
+whose alpha/2 is ``strength`` here. ``strength`` and ``accumulate`` hold one value per tensor, or one for all.
 """
 
 from __future__ import annotations
@@ -25,13 +25,18 @@ def difference(p: Tensor, p0: Tensor | None) -> Tensor:
     return p.to(dtype) if p0 is None else p.to(dtype) - p0.to(dtype)
 
 
+def _each(values: Sequence[Any], n: int) -> Sequence[Any]:
+    """One value for each of n tensors, from as many or from one for all."""
+    return [values[0]] * n if len(values) == 1 else values
+
+
 def _total_dtype(params: Sequence[Tensor]) -> torch.dtype:
     return compute_dtype(*params)
 
 
 def _value(params: Sequence[Tensor], start: OptTensors, strength: Sequence[float]) -> Tensor:
     total = torch.zeros((), dtype=accumulator(params[0]), device=params[0].device)
-    for p, p0, weight in zip(params, start, strength, strict=True):
+    for p, p0, weight in zip(params, start, _each(strength, len(params)), strict=True):
         total += weight * difference(p, p0).square().sum(dtype=total.dtype)
     return total.to(_total_dtype(params))
 
@@ -41,7 +46,7 @@ def _grad(
 ) -> list[Tensor]:
     return [
         (difference(p, p0) * (2 * weight * upstream)).to(p.dtype)
-        for p, p0, weight in zip(params, start, strength, strict=True)
+        for p, p0, weight in zip(params, start, _each(strength, len(params)), strict=True)
     ]
 
 
@@ -58,6 +63,7 @@ def _add_grad_(
     if grad_scale_tensor is not None:
         scale = grad_scale_tensor.reshape(()).to(accumulator(params[0]))
     total = torch.zeros((), dtype=accumulator(params[0]), device=params[0].device)
+    strength, accumulate = _each(strength, len(params)), _each(accumulate, len(params))
     for p, p0, g, weight, add in zip(params, start, grads, strength, accumulate, strict=True):
         d = difference(p, p0)
         total += weight * d.square().sum(dtype=total.dtype)
