@@ -40,7 +40,7 @@ def table(result: dict[str, Any]) -> str:
         cells += [figures.percent(case["providers"][OURS].get("of_roofline"))]
         lines.append(f"| {case['title']} | {' | '.join(cells)} |")
         if other := figures.best_other(case):
-            best = f"{cell(case, other)} | | | {times(speedup(case, other))} | | |"
+            best = f"{cell(case, other)} | | | {times(speedup(case, other))} | |"
             lines.append(f"| &nbsp;&nbsp;against {code(other)} | {best} |")
     lines += ["", closing(result, cases)]
     return "\n".join(lines)
@@ -60,7 +60,7 @@ def closing(result: dict[str, Any], cases: list[dict[str, Any]]) -> str:
 
 def code(name: str) -> str:
     """A provider of torch as code, a peer as it is called."""
-    return ", ".join(f"`{part}`" if "_" in part else part for part in name.split(", "))
+    return " ".join(f"`{word}`" if "_" in word else word for word in name.replace(",", " and").split())
 
 
 def cell(case: dict[str, Any], name: str) -> str:

@@ -17,6 +17,7 @@ from benchmarks.cases import OURS, TAGS, everything, select
 from benchmarks.cases.common import KINDS
 from benchmarks.compare import compare
 from benchmarks.memory import peak_bytes
+from benchmarks.readme import table
 from benchmarks.report import markdown, write
 from benchmarks.results import ResultError, check, compact, failures, failures_of, load, result_of, save
 from benchmarks.shapes import gpt2, numbers, resnet18, small_tensors, vit_b16
@@ -343,6 +344,15 @@ def test_the_report_of_next_to_nothing() -> None:
     )
     assert "## Threads" not in text
     assert "won" in text
+
+
+def test_the_table_of_the_readme_has_as_many_cells_in_every_row() -> None:
+    providers = {"naive": timed(2.0), "_foreach_lerp_": timed(3.0), OURS: timed(1.0, ours=True)}
+    result = result_of([case_of("kd_8x10", providers)], "full", dict(ENVIRONMENT), {})
+    rows = [line for line in table(result).splitlines() if line.startswith("|")]
+    assert len(rows) == 4
+    assert {row.count("|") for row in rows} == {8}
+    assert "`_foreach_lerp_`" in rows[3]
 
 
 def test_a_line_through_points() -> None:
