@@ -288,11 +288,18 @@ FT_HD void grad_block(const GradFactors<F>& f, const F* exp_s, const F* exp_t, c
     return;
   }
   int64_t i = 0;
-  if constexpr (__is_same(S, float) && __is_same(F, float)) {
-    if (streaming && n >= L) {
-      Memory<F, S>::store(out, value(0));
-      i = (-reinterpret_cast<intptr_t>(out) & (kVectorBytes - 1)) / int64_t(sizeof(float));
-      for (; i + L <= n; i += L) stream(out + i, value(i));
+  if constexpr (__is_same(F, float) && sizeof(S) <= sizeof(float)) {
+    constexpr int64_t W = kVectorBytes / int64_t(sizeof(S));  // one vector of fp32, two of 16 bit
+    if (streaming && n >= W) {
+      for (; i < W; i += L) Memory<F, S>::store(out + i, value(i));
+      i = (-reinterpret_cast<intptr_t>(out) & (kVectorBytes - 1)) / int64_t(sizeof(S));
+      for (; i + W <= n; i += W) {
+        if constexpr (__is_same(S, float)) {
+          stream(out + i, value(i));
+        } else {
+          stream(out + i, value(i), value(i + L));
+        }
+      }
     }
   }
   for (; i + L <= n; i += L) Memory<F, S>::store(out + i, value(i));

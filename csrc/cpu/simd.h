@@ -390,6 +390,15 @@ FT_HD void stream(float* p, Vec<float> x) {
 #endif
 }
 
+// A vector's width of 16-bit values, from two vectors.
+template <class S>
+FT_HD void stream(S* p, Vec<float> low, Vec<float> high) {
+  struct {
+    Simd<float>::Half16 low, high;
+  } const both{narrow(low, S{}), narrow(high, S{})};
+  stream(reinterpret_cast<float*>(p), bits<Vec<float>>(both));
+}
+
 FT_HD void fence() {
 #if defined(__x86_64__)
   _mm_sfence();
