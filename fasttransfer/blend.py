@@ -27,6 +27,7 @@ from fasttransfer.memory import (
     plain_lists,
     plainly_separate,
     transforming,
+    types_are_plain,
     written_once,
 )
 from fasttransfer.names import Collection, Labels, Tensors, by_name, collect, match
@@ -194,19 +195,15 @@ def _lerp_pairs(target: Any, source: Any, alpha: Any) -> tuple[list[Tensor], lis
         dtype = targets[0].dtype
         if dtype is not _FLOAT and dtype is not _DOUBLE:
             return None
-        for t, s in zip(targets, sources, strict=True):
-            if not (
-                type(t) in PLAIN
-                and type(s) in PLAIN
-                and t.dtype is dtype
-                and s.dtype is dtype
-                and t.is_cpu
-                and s.is_cpu
-                and t.shape == s.shape
-                and t.is_contiguous()
-                and s.is_contiguous()
-            ):
-                return None
+        both = [*targets, *sources]
+        if not (
+            types_are_plain(both)
+            and {t.dtype for t in both} == {dtype}
+            and all([t.is_cpu for t in both])
+            and [t.shape for t in targets] == [s.shape for s in sources]
+            and all([t.is_contiguous() for t in both])
+        ):
+            return None
     except (AttributeError, RuntimeError):  # no tensor; no shape (nested); no strides (sparse)
         return None
     return targets, sources

@@ -16,7 +16,14 @@ from fasttransfer.checks import (
     hides_gradient,
     shape,
 )
-from fasttransfer.memory import below_autograd, overlaps_itself, plain_lists, types_are_plain, written_once
+from fasttransfer.memory import (
+    below_autograd,
+    overlaps_itself,
+    plain_lists,
+    strided_on_cpu,
+    types_are_plain,
+    written_once,
+)
 from fasttransfer.names import Tensors, check_patterns, collect, match, matches
 from fasttransfer.ops.blend import blend_inplace_op
 from fasttransfer.ops.l2sp import L2SPFunction, difference, l2sp_add_grad_op, l2sp_value_op
@@ -361,11 +368,11 @@ def _add_grad_plainly(params: Any, start: Any, strength: Any, grad_scale: Any) -
     if found is None or not all([p.requires_grad and p.is_leaf for p in found[0]]):
         return None
     own, points = found
-    grads = [p.grad for p in own]
-    if not (types_are_plain(grads) and len({*map(id, own)}) == len(own)):
+    grads: list[Any] = [p.grad for p in own]
+    if not (types_are_plain(grads) and strided_on_cpu(grads) and len({*map(id, own)}) == len(own)):
         return None
     try:
-        torch.autograd.graph.increment_version(grads)  # type: ignore[arg-type]
+        torch.autograd.graph.increment_version(grads)
         with below_autograd():
             return l2sp_add_grad_op(own, points, grads, [strength], [1], scale, None)
     except RuntimeError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import pairwise
+from operator import add, le
 from typing import Any
 
 import torch
@@ -31,11 +32,17 @@ def types_are_plain(tensors: Sequence[Any]) -> bool:
     return PLAIN.issuperset(map(type, tensors))
 
 
+def strided_on_cpu(tensors: Sequence[Tensor]) -> bool:
+    """Whether the dispatcher takes them to the native kernels: one sparse or meta tensor, and it would not."""
+    strided = torch.strided
+    return all([t.is_cpu and t.layout is strided and not t.is_nested for t in tensors])
+
+
 def plain_lists(first: Any, others: Sequence[Any]) -> list[Sequence[Tensor]] | None:
     """``first`` and each of ``others`` as lists of plain CPU tensors of one length, if the native kernels serve them.
 
     For the fast ways past the general checks, which cost more than a small tensor's arithmetic: what is returned has
-    not been checked for dtype, shape or layout. None, without a word, for all that needs a closer look.
+    not been checked for dtype, shape or strides. None, without a word, for all that needs a closer look.
     """
     if torch.compiler.is_compiling() or not native.native_available() or reference_forced():
         return None
@@ -50,7 +57,7 @@ def plain_lists(first: Any, others: Sequence[Any]) -> list[Sequence[Tensor]] | N
     else:
         return None
     for tensors in lists:
-        if not (types_are_plain(tensors) and all([t.is_cpu for t in tensors])):
+        if not (types_are_plain(tensors) and strided_on_cpu(tensors)):
             return None
     return lists
 
@@ -111,15 +118,21 @@ def plainly_separate(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> bo
         t, s = targets[0], sources[0]
         a, b = t.data_ptr(), s.data_ptr()
         return a + t.nbytes <= b or b + s.nbytes <= a
-    ranges = [(t.data_ptr(), t.nbytes, True) for t in targets]
-    ranges += [(s.data_ptr(), s.nbytes, False) for s in sources]
-    ranges.sort()
+    starts = [t.data_ptr() for t in targets]
+    starts += [s.data_ptr() for s in sources]
+    stops = list(map(add, starts, [t.nbytes for t in targets] + [s.nbytes for s in sources]))
+    # Nothing touches anything if each range ends before the next one begins.
+    if all(map(le, sorted(stops), sorted(starts)[1:])):
+        return True
+    count = len(targets)
+    ranges = sorted(
+        (start, stop, i < count) for i, (start, stop) in enumerate(zip(starts, stops, strict=True))
+    )
     target_end = end = 0
-    for start, size, is_target in ranges:
+    for start, stop, is_target in ranges:
         if start < (end if is_target else target_end):
             return False
-        if start + size > end:
-            end = start + size
+        end = max(end, stop)
         if is_target:
             target_end = end
     return True

@@ -232,3 +232,30 @@ def test_copied_buffers_that_overlap_themselves():
     with pytest.raises((RuntimeError, ValueError)):
         blend_(target, Expanded(2.0), 0.5, buffers="copy")
     assert target.plain.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("sources", [1, 2])
+def test_lists_in_the_usual_layout_are_refused_whole(backend, sources):
+    """The way past the general checks: what is wrong with the last pair leaves the first as it was."""
+    for wrong in (
+        ones(3),
+        ones(2).int(),
+        ones(2, 1),
+        ones(2).to_sparse(),
+        "no tensor",
+        torch.ones(2, device="meta"),
+    ):
+        target = [ones(2), ones(2)]
+        given = [[torch.zeros(2), wrong]] * sources
+        with pytest.raises((ValueError, TypeError)):
+            blend_(target, given[0], 0.75) if sources == 1 else blend_many_(target, given, 0.75)
+        assert target[0].tolist() == [1, 1]
+
+
+def test_a_source_that_is_the_next_target_is_refused(backend):
+    memory = ones(4)
+    target = [memory[:2], memory[2:]]
+    for source in ([memory[2:], torch.zeros(2)], [memory[1:3], torch.zeros(2)]):
+        with pytest.raises(ValueError, match="overlap"):
+            blend_(target, source, 0.75)
+    assert memory.tolist() == [1, 1, 1, 1]

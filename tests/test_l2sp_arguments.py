@@ -231,3 +231,28 @@ def test_prox_of_parameters_that_share_memory(views):
     with pytest.raises(ValueError, match="memory"):
         l2sp_prox_(params, [torch.zeros_like(p) for p in params], 1.0, 0.5)
     assert torch.equal(memory, torch.ones(8))
+
+
+def test_the_usual_list_is_refused_whole(backend):
+    """The way past the general checks: what is wrong with the last pair leaves the first gradient as it was."""
+    for wrong in (
+        torch.ones(3),
+        torch.ones(2).int(),
+        torch.ones(2, 1),
+        torch.ones(2).to_sparse(),
+        "no tensor",
+    ):
+        params = [torch.zeros(2, requires_grad=True) for _ in range(2)]
+        for p in params:
+            p.grad = torch.ones(2)
+        with pytest.raises((ValueError, TypeError)):
+            l2sp_add_grad_(params, [torch.zeros(2), wrong], 0.5)
+        assert all(p.grad.tolist() == [1, 1] for p in params)
+
+
+def test_a_sparse_gradient_in_the_usual_list(backend):
+    params = [torch.zeros(2, requires_grad=True) for _ in range(2)]
+    params[0].grad, params[1].grad = torch.ones(2), torch.ones(2).to_sparse()
+    with pytest.raises(TypeError, match="dense"):
+        l2sp_add_grad_(params, [torch.zeros(2)] * 2, 0.5)
+    assert params[0].grad.tolist() == [1, 1]
