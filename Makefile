@@ -7,6 +7,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 ARGS ?=
+EXAMPLES ?= $(wildcard examples/s[0-9]_*.py)
 
 ENV_STAMP := $(VENV)/.stamp-environment
 CONFIG_STAMP := $(VENV)/.stamp-config
@@ -26,7 +27,7 @@ demo: $(BUILD_STAMP)
 	@$(PY) -m examples.demo $(ARGS)
 
 examples: $(BUILD_STAMP)
-	@set -e; for script in examples/s[0-9]_*.py; do \
+	@set -e; for script in $(EXAMPLES); do \
 	  name=$${script#examples/}; $(PY) -m examples.$${name%.py} $(ARGS); done
 
 # Into bench/: report.md, result.json, plots. Under 20 minutes and under 3 on two cores that do nothing else.

@@ -171,7 +171,7 @@ def test_many_short_rows(backend, threads):
 
 @pytest.mark.parametrize("rows, columns", [(1_400_000, 3), (42, 100_003)])
 def test_gradient_larger_than_the_cache(backend, rows, columns):
-    """Above 16 MiB the native kernels store around the cache, from the first aligned address of a row on. Odd widths:
+    """Above 8 MiB the native kernels store around the cache, from the first aligned address of a row on. Odd widths:
     rows start at every alignment. 3 columns: a row ends before its first aligned address."""
     s, t = torch.randn(rows, columns), torch.randn(rows, columns)
     labels = torch.randint(columns, (rows,))
