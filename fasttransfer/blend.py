@@ -26,6 +26,7 @@ from fasttransfer.memory import (
     overlaps_itself,
     plain_lists,
     plainly_separate,
+    strided_on_cpu,
     transforming,
     types_are_plain,
     written_once,
@@ -199,7 +200,7 @@ def _lerp_pairs(target: Any, source: Any, alpha: Any) -> tuple[list[Tensor], lis
         if not (
             types_are_plain(both)
             and {t.dtype for t in both} == {dtype}
-            and all([t.is_cpu for t in both])
+            and strided_on_cpu(both)
             and [t.shape for t in targets] == [s.shape for s in sources]
             and all([t.is_contiguous() for t in both])
         ):

@@ -259,3 +259,10 @@ def test_a_source_that_is_the_next_target_is_refused(backend):
         with pytest.raises(ValueError, match="overlap"):
             blend_(target, source, 0.75)
     assert memory.tolist() == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("function", [blend, blend_], ids=["blend", "blend_"])
+def test_a_layout_that_has_shape_but_no_strides(backend, function):
+    opaque = ones(2).to_mkldnn()
+    with pytest.raises(TypeError, match="dense"):
+        function(opaque, ones(2).to_mkldnn(), 0.75)
