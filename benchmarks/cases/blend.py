@@ -206,7 +206,7 @@ def specs() -> list[Spec]:
         make("blend_ EMA", "ResNet-18", "compile demo quick smoke", 0.999),
         make("blend_ EMA", "ViT-B/16", "compile", 0.999),
         make("blend_ EMA", "GPT-2", "", 0.999),
-        make("blend_ EMA", "600 small", "compile quick", 0.999),
+        make("blend_ EMA", "600 small", "quick", 0.999),
         make("blend_ EMA", "8x10", "demo quick", 0.999),
         make("blend_many_ x4", "ResNet-18", "compile demo quick smoke", **many),
         make("blend_many_ x4", "ViT-B/16", "compile", **many),
