@@ -189,9 +189,7 @@ def plot_roofline(result: dict[str, Any], directory: Path) -> Path | None:
         axis.set_yticks(range(len(cases)), [case["title"] for case in cases])
         axis.set_ylim(len(cases) - 0.4, -0.6)
         axis.set_xlim(0, max(112.0, axis.get_xlim()[1]))
-        axis.set_xlabel(
-            "% of what a plain torch call with the same reads and writes reaches in the same rounds"
-        )
+        axis.set_xlabel("% of a plain torch call with the same reads and writes")
         axis.set_title("How close to the memory's limit (the red line)", loc="left")
         handles = [
             plt.Line2D([], [], marker="o", linestyle="", color=c, markersize=a**0.5)
