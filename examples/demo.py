@@ -27,7 +27,7 @@ from examples.report import write_report
 from examples.seeds import seeds
 
 # The demo keeps to its time on a slow machine too: python -m benchmarks.speed takes all of its rounds.
-SECONDS_PER_CASE = {"full": 2.5, "quick": 1.0}
+SECONDS_PER_CASE = {"full": 1.5, "quick": 0.8}
 
 
 def run_speed(quick: bool, reporter: Reporter) -> Outcome:
