@@ -22,6 +22,7 @@ from fasttransfer.checks import (
 from fasttransfer.memory import (
     PLAIN,
     SEQUENCES,
+    are_contiguous,
     below_autograd,
     overlaps_itself,
     plain_lists,
@@ -202,7 +203,7 @@ def _lerp_pairs(target: Any, source: Any, alpha: Any) -> tuple[list[Tensor], lis
             and {t.dtype for t in both} == {dtype}
             and strided_on_cpu(both)
             and [t.shape for t in targets] == [s.shape for s in sources]
-            and all([t.is_contiguous() for t in both])
+            and are_contiguous(both)
         ):
             return None
     except (AttributeError, RuntimeError):  # no tensor; no shape (nested); no strides (sparse)
@@ -263,7 +264,7 @@ def _many_(target: Any, sources: Sequence[Any], alpha: Any, weights: list[float]
     targets, *columns = lists
     rows = columns[0] if len(columns) == 1 else [s for row in zip(*columns, strict=True) for s in row]
     try:
-        if not plainly_separate(targets, rows):
+        if not (are_contiguous(targets) and are_contiguous(rows) and plainly_separate(targets, rows)):
             return False
         torch.autograd.graph.increment_version(list(targets))
         with below_autograd():

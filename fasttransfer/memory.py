@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from operator import add, le
 from typing import Any
@@ -94,7 +94,8 @@ def written_once(
             source that overlaps a target otherwise than as that target itself, an inference tensor outside of
             inference mode.
     """
-    if plainly_separate(targets, [s for row in rows for s in row]):
+    everything = [s for row in rows for s in row]
+    if are_contiguous(targets) and are_contiguous(everything) and plainly_separate(targets, everything):
         return list(range(len(targets)))
     for i, t in enumerate(targets):
         if overlaps_itself(t):
@@ -108,10 +109,13 @@ def written_once(
     return kept
 
 
+def are_contiguous(tensors: Iterable[Tensor]) -> bool:
+    """Whether all are."""
+    return all([t.is_contiguous() for t in tensors])
+
+
 def plainly_separate(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> bool:
-    """Whether all is contiguous and no target touches anything else: the usual case, without a look at each tensor."""
-    if not (all([t.is_contiguous() for t in targets]) and all([s.is_contiguous() for s in sources])):
-        return False
+    """Whether no target touches anything else: the usual case, at once. All are contiguous."""
     if any([t.is_inference() for t in targets]):
         return False
     if len(targets) == len(sources) == 1:
