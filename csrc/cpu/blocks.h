@@ -20,7 +20,7 @@ struct alignas(64) Buffer {
 };
 
 // Whether blocks of this type are read and written where they are. Where all operands' are, a block may be the whole
-// run: going on without a stop at every kBlock elements is worth 3% at the speed of memory.
+// run, without a stop at every kBlock elements.
 template <class F>
 FT_HD bool is_type(DType dtype) {
   return dtype == (sizeof(F) == 8 ? DType::kFloat64 : DType::kFloat32);

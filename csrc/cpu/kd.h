@@ -154,13 +154,14 @@ FT_HD void sweep_vector(Vec<F> s, Vec<F> t, F ref_s, F ref_t, ExpScale<F> scale,
     const Vec<F> weight = Policy::weight(es, et);
     sum.exp_t += counted(et);
     sum.gap += counted(es - et);
+    // What is masked is the difference and not the product: a product that only the sum uses is contracted in every
+    // compilation of this, and the loss is the same to the last bit with and without a gradient.
+    Vec<F> difference = counted(dt - ds);
     if constexpr (kCareful) {
       sum.shift_t += counted(dt);
-      // No mass times an infinite difference is nothing.
-      sum.cross += counted(weight == F(0) ? Vec<F>{} : weight * (dt - ds));
-    } else {
-      sum.cross += counted(weight * (dt - ds));
+      difference = weight == F(0) ? Vec<F>{} : difference;  // no mass times an infinite difference is nothing
     }
+    sum.cross += weight * difference;
     if constexpr (kSave) Memory<F, F>::store(exp_t, et);
   }
   if constexpr (kHot) {
