@@ -3,7 +3,7 @@
 python -m benchmarks run [--tag quick] [-o bench]     measure, then write result.json, report.md and the plots
 python -m benchmarks report RESULT.json -o DIR        report.md and the plots of a result
 python -m benchmarks compare A.json B.json            what moved from A to B
-python -m benchmarks.readme [RESULT.json]             the speed table of the README
+python -m benchmarks.readme [NAME | RESULT.json]      the speed table of the README
 """
 
 from __future__ import annotations

@@ -66,11 +66,17 @@ def _table(moves: list[dict[str, Any]]) -> str:
 
 
 def _warning(before: dict[str, Any], after: dict[str, Any]) -> str:
-    """Nothing, or that the two are not of one machine."""
-    differ = [key for key in ("cpu", "cores", "threads", "simd", "torch") if before[key] != after[key]]
-    if not differ:
-        return ""
-    return f"> **Not like for like: {', '.join(differ)} differ.** Ratios are then of machines, not of code."
+    """Nothing, or that the two are not of one machine, or not of one setting of it."""
+    warnings = []
+    machines = [f"{env['cpu']}, {env['cores']} cores" for env in (before, after)]
+    if machines[0] != machines[1]:
+        warnings.append(
+            f"> **Different machines: {machines[0]}, and {machines[1]}.** Ratios are of machines, not of code."
+        )
+    differ = [key for key in ("threads", "simd", "torch") if before[key] != after[key]]
+    if differ:
+        warnings.append(f"> **Not like for like: {', '.join(differ)} differ.** Ratios are not of code alone.")
+    return "\n>\n".join(warnings)
 
 
 def _only(title: str, these: dict[str, Any], others: dict[str, Any]) -> str:

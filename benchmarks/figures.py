@@ -8,6 +8,7 @@ from typing import Any
 from benchmarks.cases.common import COMPILED, NAIVE, OURS
 
 TIE = 0.05  # within 5% of each other two medians are called a tie
+NO_TIME = ("–", "**wrong**", "did not run")  # in Markdown
 BUSY = 0.15  # cores; above it the figures are marked as those of a shared machine
 
 
@@ -29,20 +30,31 @@ def size(count: float | None) -> str:
     return f"{count:.0f} B"
 
 
-def times(value: float | None) -> str:
-    """A ratio."""
-    return "–" if value is None else f"{value:.3g}x"
+def times(value: float | None, more: int = 0) -> str:
+    """A ratio; `more` digits than the tables show."""
+    return "–" if value is None else f"{value:.{3 + more}g}x"
 
 
-def percent(value: float | None) -> str:
-    """A share."""
-    return "–" if value is None else f"{100 * value:.0f}%"
+def percent(value: float | None, more: int = 0) -> str:
+    """A share; `more` digits than the tables show."""
+    return "–" if value is None else f"{100 * value:.{more}f}%"
 
 
 def median(case: dict[str, Any], name: str) -> float | None:
     """A provider's median, if it has one."""
     found: float | None = case["providers"].get(name, {}).get("median_s")
     return found
+
+
+def cell(case: dict[str, Any], name: str, says: tuple[str, str, str] = NO_TIME) -> str:
+    """A provider's median, or why it has none: it is not there, it is wrong, it did not run."""
+    absent, wrong, failed = says
+    provider = case["providers"].get(name)
+    if provider is None:
+        return absent
+    if "median_s" in provider:
+        return duration(provider["median_s"])
+    return wrong if provider["ran"] else failed
 
 
 def speedup(case: dict[str, Any], rival: str, ours: str = OURS) -> float | None:

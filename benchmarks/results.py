@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 FORMAT = 2
+COMMITTED = Path(__file__).resolve().parent / "results"
 NOTE = "fasttransfer"  # under this name the environment stands in pytest-benchmark's machine_info
 
 _ENVIRONMENT = {
@@ -88,6 +89,11 @@ def load(path: Path) -> dict[str, Any]:
     except ResultError as error:
         raise ResultError(f"{path}: {error}") from None
     return found
+
+
+def committed() -> list[Path]:
+    """The results in `benchmarks/results/`, one per machine, by name."""
+    return sorted(COMMITTED.glob("*.json"))
 
 
 def save(result: dict[str, Any], path: Path) -> None:

@@ -19,7 +19,7 @@ from benchmarks.conftest import SAY
 from benchmarks.display import console_of_width, one_progress
 from benchmarks.figures import busy_warning, headline
 from benchmarks.report import write
-from benchmarks.results import compact, failures, save
+from benchmarks.results import COMMITTED, compact, failures, save
 
 HERE = Path(__file__).resolve().parent
 
@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
     result = compact(json.loads(raw.read_text()))
     save(result, out / "result.json")
     if options.name:
-        save(result, HERE / "results" / f"{options.name}.json")
+        save(result, COMMITTED / f"{options.name}.json")
     written = write(result, out)
     if options.print:
         print(written[0].read_text())

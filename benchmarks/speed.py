@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from rich.text import Text
 from benchmarks import figures, peers
 from benchmarks.cases import COMPILED, NAIVE, OURS, select
 from benchmarks.display import console_of_width, one_progress
-from benchmarks.figures import duration, headline, median, speedup
+from benchmarks.figures import headline, median, speedup
 from benchmarks.machine import environment
 from benchmarks.results import failures, result_of
 from benchmarks.suite import EFFORTS, kinds_for, quieten_inductor
@@ -60,12 +60,16 @@ def run(
 
 def time_of(case: dict[str, Any], name: str) -> str:
     """A provider's median, or why it has none."""
-    provider = case["providers"].get(name)
-    if provider is None:
-        return "[dim]–[/]"
-    if "median_s" in provider:
-        return duration(provider["median_s"])
-    return "[red]wrong[/]" if provider["ran"] else "[yellow]not run[/]"
+    return figures.cell(case, name, ("[dim]–[/]", "[red]wrong[/]", "[yellow]not run[/]"))
+
+
+def grid_of(title: str, first: str, others: Iterable[str]) -> Table:
+    """An empty table: one column of names, then columns of figures."""
+    grid = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    grid.add_column(first, no_wrap=True)
+    for header in others:
+        grid.add_column(header, justify="right", no_wrap=True)
+    return grid
 
 
 def ratio(value: float | None) -> str:
@@ -78,15 +82,11 @@ def ratio(value: float | None) -> str:
 
 def speed_table(result: dict[str, Any]) -> Table:
     """Every case as one line; the best of torch's own calls, where there is one, as a line below it."""
-    grid = Table(
-        title="Speed: kd forward + backward, l2sp and blend in place; fp32 where nothing else is said",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+    grid = grid_of(
+        "Speed: kd forward + backward, l2sp and blend in place; fp32 where nothing else is said",
+        "operation",
+        ("naive", "compile", "ours", "±", "x naive", "x comp", "roof", "error"),
     )
-    grid.add_column("operation", no_wrap=True)
-    for header in ("naive", "compile", "ours", "±", "x naive", "x comp", "roof", "error"):
-        grid.add_column(header, justify="right", no_wrap=True)
     for case in figures.plain(result["cases"]):
         ours = case["providers"][OURS]
         spread = figures.spread(ours)
@@ -108,17 +108,9 @@ def speed_table(result: dict[str, Any]) -> Table:
 
 def variants_table(result: dict[str, Any]) -> Table:
     """The variants of kd against its plain form: all of them ours."""
-    grid = Table(
-        title="Variants of kd, fasttransfer only, against T=2 in the same rounds",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
     cases = [case for case in result["cases"] if case["about"]["group"] == "variants"]
-    grid.add_column("shape", no_wrap=True)
     names = list(cases[0]["providers"])
-    for name in names:
-        grid.add_column(name, justify="right", no_wrap=True)
+    grid = grid_of("Variants of kd, fasttransfer only, against T=2 in the same rounds", "shape", names)
     for case in cases:
         base = median(case, "T=2")
         cells = []

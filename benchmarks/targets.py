@@ -24,12 +24,26 @@ class Target:
     what: str
     required: float
     measured: Callable[[Cases], float | None]
-    show: Callable[[float | None], str] = times
+    show: Callable[[float | None, int], str] = times
     at_most: bool = False
 
     def met(self, value: float) -> bool:
         """Whether it is reached."""
         return value <= self.required if self.at_most else value >= self.required
+
+    def bound(self) -> str:
+        """What is required, in words."""
+        return ("at most " if self.at_most else "") + self.show(self.required, 0)
+
+    def shown(self, value: float) -> str:
+        """With a digit more than in other tables, or as many as it takes for the verdict to follow from them."""
+        texts = [self.show(value, more) for more in range(1, 8)]
+        return next((text for text in texts if self.met(_read(text)) == self.met(value)), texts[-1])
+
+
+def _read(text: str) -> float:
+    """The number that `times` or `percent` wrote."""
+    return float(text[:-1]) / (100 if text.endswith("%") else 1)
 
 
 def _roofline(key: str, required: float, provider: str = OURS) -> Target:
@@ -150,6 +164,6 @@ def rows(cases: Iterable[dict[str, Any]]) -> list[list[str]]:
         except KeyError:
             continue
         if value is not None:
-            bound = ("at most " if target.at_most else "") + target.show(target.required)
-            found.append([target.what, bound, target.show(value), "yes" if target.met(value) else "**no**"])
+            verdict = "yes" if target.met(value) else "**no**"
+            found.append([target.what, target.bound(), target.shown(value), verdict])
     return found

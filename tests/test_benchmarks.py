@@ -17,9 +17,19 @@ from benchmarks.cases import OURS, TAGS, everything, select
 from benchmarks.cases.common import KINDS
 from benchmarks.compare import compare
 from benchmarks.memory import peak_bytes
-from benchmarks.readme import table
+from benchmarks.readme import chosen, table
 from benchmarks.report import markdown, write
-from benchmarks.results import ResultError, check, compact, failures, failures_of, load, result_of, save
+from benchmarks.results import (
+    ResultError,
+    check,
+    committed,
+    compact,
+    failures,
+    failures_of,
+    load,
+    result_of,
+    save,
+)
 from benchmarks.shapes import gpt2, numbers, resnet18, small_tensors, vit_b16
 from benchmarks.suite import EFFORTS
 from benchmarks.timing import Case, Provider, Race, Roofline, measure, verdict
@@ -111,7 +121,8 @@ def test_a_wrong_result_of_ours_fails_the_bench_test(pytester: pytest.Pytester) 
         from tests.test_benchmarks import OURS, provider, tiny_case
 
         def spec_of(value):
-            return Spec("k", "t", "kd", lambda _: tiny_case(provider("naive", 3.0), provider(OURS, value, ours=True)))
+            providers = provider("naive", 3.0), provider(OURS, value, ours=True)
+            return Spec("k", "t", "kd", lambda spec, kinds: tiny_case(*providers))
 
         def test_right(benchmark):
             bench(spec_of(3.0), benchmark, Effort(8, 0.01, frozenset()), print)
@@ -233,6 +244,13 @@ def test_the_sizes_that_the_issue_asks_for_are_there() -> None:
         }
 
 
+def test_a_case_says_of_itself_what_its_line_in_the_list_says() -> None:
+    scanned = [spec for spec in everything() if spec.key in ("kd_1x1000", "kd_8x10", "blend_EMA_8x10")]
+    assert {spec.about["group"] for spec in scanned} == {"scan", "forward+backward", "one"}
+    for spec in scanned:
+        assert spec.build(frozenset()).about == spec.about
+
+
 @pytest.mark.parametrize(
     "spec", [spec for spec in select("quick") if "8x10" in spec.key], ids=lambda spec: spec.key
 )
@@ -295,9 +313,33 @@ def test_what_is_missing_in_a_result_is_named() -> None:
             check(broken)
 
 
-def test_the_committed_results_are_of_this_format() -> None:
-    for path in (Path(figures.__file__).parent / "results").glob("*.json"):
-        load(path)
+@pytest.mark.parametrize("path", committed(), ids=lambda path: path.stem)
+def test_every_committed_result_can_be_read_and_shown(path: Path) -> None:
+    result = load(path)
+    assert not failures(result)
+    assert f"| processor | {result['environment']['cpu']}" in markdown(result)
+    text = table(result, path)
+    assert f"[{path.stem}](benchmarks/results/{path.name})" in text
+    assert result["environment"]["commit"] in text
+    for other in committed():
+        assert f"(benchmarks/results/{other.name})" in text  # other machines are named too
+        differ = result["environment"]["cpu"] != load(other)["environment"]["cpu"]
+        assert ("Different machines" in compare(result, load(other))) >= differ
+
+
+def test_the_result_of_the_readme_is_the_one_asked_for_or_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.results.COMMITTED", tmp_path)
+    with pytest.raises(ResultError, match="no result"):
+        chosen(None)
+    for name, date in (("a", "2026-02-01 10:00 UTC"), ("b", "2026-11-21 13:35 UTC"), ("c", None)):
+        result = synthetic()
+        result["environment"] |= {"date": date} if date else {}
+        save(result, tmp_path / f"{name}.json")
+    assert chosen(None) == tmp_path / "b.json"
+    assert chosen("a") == tmp_path / "a.json"
+    assert chosen("bench/result.json") == Path("bench/result.json")
 
 
 def test_the_report_of_a_tiny_result(tmp_path: Path) -> None:
@@ -336,6 +378,25 @@ def test_every_target_names_cases_that_are_there(monkeypatch: pytest.MonkeyPatch
     assert targets.rows([]) == []
     threads = next(value for target, value in found if "second thread" in target.what)
     assert threads == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    "required, at_most, value, shows",
+    [
+        (0.85, False, 0.846, "84.6%"),
+        (0.85, False, 0.84996, "84.996%"),  # 85.0% would read as met
+        (0.85, False, 0.85, "85.0%"),
+        (0.85, False, 0.8504, "85.0%"),
+        (0.85, True, 0.8504, "85.04%"),
+        (1.0, False, 0.99996, "0.99996x"),
+        (18, False, 11.666, "11.67x"),
+    ],
+)
+def test_the_verdict_on_a_target_follows_from_what_is_printed(
+    required: float, at_most: bool, value: float, shows: str
+) -> None:
+    show = figures.percent if shows.endswith("%") else figures.times
+    assert targets.Target("", required, lambda _: value, show, at_most).shown(value) == shows
 
 
 def test_the_report_of_next_to_nothing() -> None:
@@ -380,8 +441,10 @@ def test_comparing_says_what_is_gone_and_what_broke() -> None:
         "note": "off",
         "error": 1.0,
     }
-    after["environment"]["cpu"] = "another"
+    after["environment"] |= {"cpu": "another", "torch": "2.14.0"}
     text = compare(before, after)
     assert gone["title"] in text.partition("## Only before")[2]
     assert "- lost, naive: off" in text.partition("## No longer right")[2]
-    assert "Not like for like: cpu" in text
+    assert "Different machines: a processor, 2 cores, and another, 2 cores" in text
+    assert "Not like for like: torch differ" in text
+    assert "Different machines" not in compare(before, before)

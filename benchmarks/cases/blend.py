@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,38 +11,33 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from benchmarks import naive, oracle, peers, shapes
-from benchmarks.cases.common import (
-    COMPILED,
-    DTYPES,
-    NAIVE,
-    OURS,
-    REFERENCE,
-    Spec,
-    calls_for,
-    compiled,
-    is_memory_bound,
-    key_of,
-    lerp_roofline,
-    like_parameters,
-    threads,
-)
-from benchmarks.timing import Case, Provider
-from fasttransfer import blend_, blend_many_, build_info, use_backend
+from benchmarks.cases import problem
+from benchmarks.cases.common import DTYPES, Spec, like_parameters
+from benchmarks.cases.common import make as spec_of
+from benchmarks.timing import Provider
+from fasttransfer import blend_, blend_many_
 
 LERP, LERPS, MUL_ADD = "_foreach_lerp_", "_foreach_lerp_ per source", "_foreach_mul_, _foreach_add_"
 SWA = "swa_utils.AveragedModel"
 Call = Callable[[list[Tensor]], Any]
 
 
-class Problem:
-    """A target, its sources, and how a call becomes a provider."""
+class Problem(problem.Problem):
+    """A target and its sources."""
 
-    def __init__(self, of: Sequence[tuple[int, ...]], alpha: float, sources: int, source_dtype: str) -> None:
-        self.alpha = alpha
+    def __init__(
+        self,
+        of: Sequence[tuple[int, ...]],
+        alpha: float,
+        sources: int,
+        source_dtype: str,
+        function: Callable[..., Any],
+    ) -> None:
+        self.alpha, self.naive, self.mixed = alpha, function, source_dtype != "fp32"
         self.original, self.target = like_parameters(of, 0), like_parameters(of, 0)
         self.sources = [like_parameters(of, 1 + i, DTYPES[source_dtype]) for i in range(sources)]
-        self.count = sum(t.numel() for t in self.target)
-        self.floor_bytes = 2 * 4 * self.count  # read and write the target, read the sources
+        self.numbers = sum(t.numel() for t in self.target)
+        self.floor_bytes = 2 * 4 * self.numbers  # read and write the target, read the sources
         self.floor_bytes += sum(s.numel() * s.element_size() for source in self.sources for s in source)
 
     def prepare(self) -> list[Tensor]:
@@ -55,16 +49,37 @@ class Problem:
         """Judged by the whole target."""
         return Provider(name, call, self.prepare, lambda target, _: target, **more)
 
-    def ours(self, target: list[Tensor]) -> Any:
+    def ours(self) -> Call:
         """In one pass."""
         if len(self.sources) == 1:
-            return blend_(target, self.sources[0], self.alpha)
-        return blend_many_(target, self.sources, self.alpha)
+            return lambda target: blend_(target, self.sources[0], self.alpha)
+        return lambda target: blend_many_(target, self.sources, self.alpha)
 
     def by_hand(self, function: Callable[..., Any]) -> Call:
         """The naive code: a single source is given as a list of tensors, several as a list of such lists."""
         given: Any = self.sources if len(self.sources) > 1 else self.sources[0]
         return lambda target: function(target, given, self.alpha)
+
+    def others(self, kinds: frozenset[str]) -> list[Provider]:
+        """torch's own list calls and its EMA class; other libraries."""
+        found = []
+        if "torch" in kinds:
+            several = len(self.sources) > 1
+            if self.mixed or several:
+                found.append(self.provider(MUL_ADD, self.mul_add))
+            if not self.mixed:  # lerp takes one dtype only
+                found.append(self.provider(LERPS if several else LERP, self.lerps))
+            if self.naive is naive.ema and not self.mixed:
+                found.append(self.provider(SWA, self.averaged_model()))
+        return found + (self.peers() if "peers" in kinds else [])
+
+    def peers(self) -> list[Provider]:
+        """timm where an EMA is asked for, mergekit otherwise; nothing where they are not installed."""
+        if self.naive is naive.ema:
+            update = peers.timm_ema(self.target, self.alpha)
+            return [] if update is None else [self.provider(peers.TIMM, lambda _: update(self.sources[0]))]
+        merge = peers.mergekit_merge(self.target, self.sources, self.alpha)
+        return [] if merge is None else [self.provider(peers.MERGEKIT, lambda _: merge())]
 
     def lerps(self, target: list[Tensor]) -> None:
         """One `_foreach_lerp_` per source: the cheapest chain of list calls, 12 bytes per number and source.
@@ -95,97 +110,9 @@ class Problem:
         model = peers.Parameters(self.sources[0])
         return lambda _: average.update_parameters(model)
 
-    def case(self, spec: Spec, providers: list[Provider], rooflines: list[Any] | None = None) -> Case:
-        """All of it."""
-        return Case(
-            key=spec.key,
-            title=spec.title,
-            operation="blend",
-            floor_bytes=self.floor_bytes,
-            providers=providers,
-            error=lambda _, out: oracle.relative_error(
-                out, oracle.blend(self.original, self.sources, self.alpha)
-            ),
-            rooflines=rooflines or [lerp_roofline(self.count)],
-            calls_per_round=calls_for(self.count),
-            memory_bound=is_memory_bound(self.count),
-            about=spec.about,
-        )
-
-
-def build(
-    spec: Spec, of: Sequence[tuple[int, ...]], alpha: float, sources: int, source_dtype: str,
-    function: Callable[..., Any], kinds: frozenset[str],
-) -> Case:  # fmt: skip
-    """Everybody over one list of parameters."""
-    problem = Problem(of, alpha, sources, source_dtype)
-    mixed = source_dtype != "fp32"
-    providers = []
-    if "naive" in kinds:
-        providers.append(problem.provider(NAIVE, problem.by_hand(function)))
-    if "compile" in kinds:
-        providers.append(problem.provider(COMPILED, problem.by_hand(compiled(function))))
-    if "torch" in kinds:
-        if mixed or sources > 1:
-            providers.append(problem.provider(MUL_ADD, problem.mul_add))
-        if not mixed:  # lerp takes one dtype only
-            providers.append(problem.provider(LERP if sources == 1 else LERPS, problem.lerps))
-        if function is naive.ema and not mixed:
-            providers.append(problem.provider(SWA, problem.averaged_model()))
-    if "peers" in kinds:
-        providers += peer_providers(problem, function)
-    if "reference" in kinds and build_info()["cpu_kernels"]:
-        around = partial(use_backend, "reference")
-        providers.append(problem.provider(REFERENCE, problem.ours, ours=True, around=around))
-    providers.append(problem.provider(OURS, problem.ours, ours=True))
-    return problem.case(spec, providers)
-
-
-def peer_providers(problem: Problem, function: Callable[..., Any]) -> list[Provider]:
-    """timm where an EMA is asked for, mergekit otherwise; nothing where they are not installed."""
-    if function is naive.ema:
-        update = peers.timm_ema(problem.target, problem.alpha)
-        return [] if update is None else [problem.provider(peers.TIMM, lambda _: update(problem.sources[0]))]
-    merge = peers.mergekit_merge(problem.target, problem.sources, problem.alpha)
-    return [] if merge is None else [problem.provider(peers.MERGEKIT, lambda _: merge())]
-
-
-def build_threads(
-    spec: Spec, of: Sequence[tuple[int, ...]], alpha: float, sources: int, source_dtype: str,
-    function: Callable[..., Any], kinds: frozenset[str],
-) -> Case:  # fmt: skip
-    """One thread and two, of ours, of the naive code and of the roofline, in the same rounds."""
-    problem = Problem(of, alpha, sources, source_dtype)
-    providers, rooflines = [], []
-    for count in (1, 2):
-        around, suffix = partial(threads, count), f", {count} thread{'s' * (count > 1)}"
-        rooflines.append(lerp_roofline(problem.count, "a.lerp_(b, w)" + suffix, around))
-        judged = {"around": around, "roofline": rooflines[-1].provider.name}
-        if "naive" in kinds:
-            providers.append(problem.provider(NAIVE + suffix, problem.by_hand(function), **judged))
-        providers.append(problem.provider(OURS + suffix, problem.ours, ours=True, **judged))
-    return problem.case(spec, providers, rooflines)
-
-
-def make(title: str, model: str, tags: str, alpha: float, sources: int = 1, function: Callable[..., Any] = naive.ema,
-         source_dtype: str = "fp32", builder: Callable[..., Case] = build, group: str = "one") -> Spec:  # fmt: skip
-    """A case: `builder` makes it. A tag `compile` races torch.compile in a full run."""
-    of = MODELS[model]()
-    labels = set(tags.split())
-    title = f"{title} {model}" + ", threads" * (builder is build_threads)
-    about = {"group": group, "dtype": "mixed" if source_dtype != "fp32" else "fp32", "sources": sources,
-             "numbers": shapes.numbers(list(of)), "tensors": len(of)}  # fmt: skip
-    spec = Spec(
-        key_of(title),
-        title,
-        "blend",
-        lambda _: None,
-        frozenset(labels - {"compile"}),
-        "compile" in labels,
-        about,
-    )  # type: ignore[arg-type,return-value]
-    arguments = (of, alpha, sources, source_dtype, function)
-    return replace(spec, build=lambda kinds: builder(spec, *arguments, kinds))
+    def error(self, outputs: Sequence[Tensor]) -> float:
+        """Of the whole target."""
+        return oracle.relative_error(outputs, oracle.blend(self.original, self.sources, self.alpha))
 
 
 MODELS: dict[str, Callable[[], shapes.Shapes]] = {
@@ -195,6 +122,18 @@ MODELS: dict[str, Callable[[], shapes.Shapes]] = {
     "600 small": shapes.small_tensors,
     "8x10": lambda: [(8, 10)],
 }
+
+
+def make(title: str, model: str, tags: str, alpha: float, sources: int = 1, function: Callable[..., Any] = naive.ema,
+         source_dtype: str = "fp32", group: str = "one") -> Spec:  # fmt: skip
+    """One kind of blend over one model; of the group `threads`, with one thread and two."""
+    of, by_threads = MODELS[model](), group == "threads"
+    title = f"{title} {model}" + ", threads" * by_threads
+    return spec_of(
+        "blend", title, partial(Problem, of, alpha, sources, source_dtype, function),
+        Problem.by_threads if by_threads else Problem.everybody, tags, group=group, sources=sources,
+        dtype="mixed" if source_dtype != "fp32" else "fp32", numbers=shapes.numbers(of), tensors=len(of),
+    )  # fmt: skip
 
 
 def specs() -> list[Spec]:
@@ -216,6 +155,6 @@ def specs() -> list[Spec]:
         make("blend_ bf16 into fp32", "ViT-B/16", "compile", **mixed),
         make("blend_ bf16 into fp32", "GPT-2", "", **mixed),
         make("blend_ bf16 into fp32", "600 small", "quick", **mixed),
-        make("blend_ EMA", "ResNet-18", "", 0.999, builder=build_threads, group="threads"),
-        make("blend_many_ x4", "ResNet-18", "", **(many | {"group": "threads"}), builder=build_threads),
+        make("blend_ EMA", "ResNet-18", "", 0.999, group="threads"),
+        make("blend_many_ x4", "ResNet-18", "", **(many | {"group": "threads"})),
     ]

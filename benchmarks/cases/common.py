@@ -22,15 +22,38 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Spec:
-    """A case that has not been built yet. `build(kinds)` makes its tensors, so that one is in memory at a time."""
+    """A case that has not been built yet: `build` makes its tensors, so that one case is in memory at a time."""
 
     key: str
     title: str
     operation: str  # the file it is in: kd, l2sp, blend
-    build: Callable[[frozenset[str]], Case]
+    builder: Callable[[Spec, frozenset[str]], Case]
     tags: frozenset[str] = frozenset()
     compiled: bool = False  # whether torch.compile is among its providers in a full run: it costs seconds
     about: dict[str, Any] = field(default_factory=dict)  # group, dtype, sizes: what the report sorts by
+
+    def build(self, kinds: frozenset[str]) -> Case:
+        """The case with its tensors and with these kinds of providers."""
+        return self.builder(self, kinds)
+
+
+def make(
+    operation: str,
+    title: str,
+    problem: Callable[[], Any],
+    builder: Callable[[Any, Spec, frozenset[str]], Case],
+    tags: str = "",
+    **about: Any,
+) -> Spec:
+    """A case: `builder(problem(), spec, kinds)` makes it. A tag `compile` races torch.compile in a full run."""
+    labels = set(tags.split())
+
+    def build(spec: Spec, kinds: frozenset[str]) -> Case:
+        return builder(problem(), spec, kinds)
+
+    return Spec(
+        key_of(title), title, operation, build, frozenset(labels - {"compile"}), "compile" in labels, about
+    )
 
 
 def key_of(title: str) -> str:
@@ -72,14 +95,14 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def lerp_roofline(count: int, name: str = "a.lerp_(b, w)", around: Any = None) -> Roofline:
+def lerp_roofline(count: int, suffix: str = "", **more: Any) -> Roofline:
     """`a.lerp_(b, w)` over one flat tensor of that size: two reads and a write per element.
 
     Not a loop over the list: over small tensors that would measure calls, and be no limit of anything.
     """
     a, b = torch.randn(count), torch.randn(count)
     # `a` tends to `b` and stays there: neither denormals nor infinities, so nothing has to be restored.
-    provider = Provider(name, lambda x: x.lerp_(b, 0.1), lambda: a, lambda _, out: [out])
-    if around is not None:
-        provider = Provider(name, provider.call, provider.prepare, provider.outputs, around=around)
-    return Roofline(provider, 3 * 4 * count)
+    call = Provider(
+        "a.lerp_(b, w)" + suffix, lambda x: x.lerp_(b, 0.1), lambda: a, lambda _, out: [out], **more
+    )
+    return Roofline(call, 3 * 4 * count)
