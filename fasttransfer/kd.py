@@ -262,8 +262,8 @@ def _kd(
     # Under torch.compile the compiler plans the memory: an op that mutates would only be made functional again.
     if options.inplace and student.requires_grad and not torch.compiler.is_compiling():
         memory = _check_inplace(student, teacher)
-        return KDInplaceFunction.apply(memory, student.shape, teacher, *args)[0]
-    return KDFunction.apply(student, teacher, *args)
+        return KDInplaceFunction.apply(memory, student.shape, teacher, args)[0]
+    return KDFunction.apply(student, teacher, args)
 
 
 def _check_logits(student: Tensor, teacher: Tensor, vocab_size: int | None) -> int:

@@ -72,10 +72,13 @@ FT_HD F moved(F acc, F mass, F delta, F factor) {
   return mass == F(0) || factor == F(0) ? F(0) : factor * (acc + mass * delta);
 }
 
-// A gap whose two sides are rescaled by different factors.
+// A gap whose two sides are rescaled by different factors. Where it is as large as the sides it holds no more than
+// they do, and one side may be lost in its rounding (references far from the maxima, on one side more than the
+// other).
 template <class F>
 FT_HD F moved_gap(const RowStat<F>& stat, F factor_s, F factor_t) {
-  if (stat.exp_s == F(0) || stat.exp_t == F(0)) return scaled(stat.exp_s, factor_s) - scaled(stat.exp_t, factor_t);
+  const F relative = stat.gap / stat.exp_t;
+  if (!(relative > F(-0.5) && relative < F(0.5))) return scaled(stat.exp_s, factor_s) - scaled(stat.exp_t, factor_t);
   return factor_s * stat.gap + (factor_s - factor_t) * stat.exp_t;
 }
 

@@ -22,7 +22,8 @@ using torch::stable::contiguous;
 // Rows are given to threads in pieces of at least this many logits: below, waking a thread costs more.
 constexpr int64_t kGrainLogits = 16384;
 // A gradient larger than this, with the logits twice as large beside it, leaves the last-level cache before backward
-// reads it, so it is stored around it. (bf16, 256x32000, 15.6 MiB: 57 cycles per 16 logits, around the cache 49: AMD EPYC, Zen 4.)
+// reads it, so it is stored around it. (bf16, 256x32000, 15.6 MiB: 57 cycles per 16 logits, around the cache 49: AMD
+// EPYC, Zen 4.)
 constexpr int64_t kStreamBytes = int64_t{8} << 20;
 
 struct Options {
@@ -164,7 +165,7 @@ std::tuple<Tensor, Tensor> run(const Tensor& student, const Tensor& teacher, con
   if (grad) {
     grad_rows.emplace(*grad);
     call.grad_stride = grad_rows->column_stride();
-    call.stream = rows * call.grad_columns * bytes_of(call.grad) >= kStreamBytes;
+    call.stream = bytes_of(call.grad) >= 4 && rows * call.grad_columns * bytes_of(call.grad) >= kStreamBytes;
   }
 
   const char* const s = static_cast<const char*>(student.const_data_ptr());

@@ -317,6 +317,8 @@ def _apply_upstream(grad: Tensor, upstream: Tensor, grad_scale: Tensor, *, share
     """The saved gradient times the upstream one: in place where this backward is the last one, else a new tensor."""
     if torch.compiler.is_compiling() or _keep_graph():
         return kd_scale_op(grad, upstream, grad_scale)
+    if upstream.numel() == 1 and not grad_scale.numel() and upstream.is_cpu and upstream.item() == 1:
+        return grad  # loss.backward(): the op would find the same, and take 20 times as long to be called
     if shared:
         kd_scale_inplace_op(grad, upstream, grad_scale)
         return grad
@@ -335,10 +337,13 @@ def _refuse_double_backward() -> None:
 
 
 class KDFunction(torch.autograd.Function):
-    """``loss = KDFunction.apply(student, teacher, *options)`` with the options of ``torch.ops.fasttransfer.kd``."""
+    """``loss = KDFunction.apply(student, teacher, options)`` with the options of ``torch.ops.fasttransfer.kd``.
+
+    The options are one tuple because torch looks at each argument of a Function, and at what backward returns for it.
+    """
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, *options: Any) -> Tensor:  # noqa: D102
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, options: tuple[Any, ...]) -> Tensor:  # noqa: D102
         loss, grad, grad_scale = kd_op(student, teacher, *options, True)
         ctx.save_for_backward(grad, grad_scale)
         ctx.set_materialize_grads(False)
@@ -347,24 +352,23 @@ class KDFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None) -> Any:  # noqa: D102
         _refuse_double_backward()
-        nothing = (None,) * (len(ctx.needs_input_grad) - 1)
         if upstream is None:
-            return (None, *nothing)
+            return None, None, None
         grad, grad_scale = ctx.saved_tensors
-        return (_apply_upstream(grad, upstream, grad_scale), *nothing)
+        return _apply_upstream(grad, upstream, grad_scale), None, None
 
 
 class KDInplaceFunction(torch.autograd.Function):
     """As KDFunction, but the memory of the student's logits is overwritten with their gradient.
 
-    ``KDInplaceFunction.apply(memory, shape, teacher, *options)`` returns ``(loss, memory)``. ``memory`` is the
+    ``KDInplaceFunction.apply(memory, shape, teacher, options)`` returns ``(loss, memory)``. ``memory`` is the
     logits, or the tensor that they view as a whole, and ``shape`` the logits' shape. The overwritten tensor is an
     output, so that a gradient that arrives through it (or through a view of it) shows that it was used again.
     """
 
     @staticmethod
     def forward(  # noqa: D102
-        ctx: Any, memory: Tensor, shape: torch.Size, teacher: Tensor, *options: Any
+        ctx: Any, memory: Tensor, shape: torch.Size, teacher: Tensor, options: tuple[Any, ...]
     ) -> tuple[Tensor, Tensor]:
         ctx.shape = shape
         loss, grad_scale = kd_inplace_op(
@@ -383,12 +387,11 @@ class KDInplaceFunction(torch.autograd.Function):
                 "student_logits was overwritten with its gradient by kd_loss(..., inplace=True) and then used again "
                 "in the graph. Use it before, pass a clone, or leave inplace=False."
             )
-        nothing = (None,) * (len(ctx.needs_input_grad) - 1)
         if upstream is None:
-            return (None, *nothing)
+            return None, None, None, None
         memory, grad_scale = ctx.saved_tensors
         grad = memory.detach()
         if grad.shape == ctx.shape:
-            return (_apply_upstream(grad, upstream, grad_scale, shared=True), *nothing)
+            return _apply_upstream(grad, upstream, grad_scale, shared=True), None, None, None
         scaled = _apply_upstream(grad.view(ctx.shape), upstream, grad_scale, shared=True)
-        return (scaled.view(memory.shape), *nothing)
+        return scaled.view(memory.shape), None, None, None
