@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn import functional as F
 
+from fasttransfer import fast_lists
 from fasttransfer.checks import (
     FLOATS,
     all_usable,
@@ -19,19 +20,7 @@ from fasttransfer.checks import (
     hides_gradient,
     shape,
 )
-from fasttransfer.memory import (
-    PLAIN,
-    SEQUENCES,
-    are_contiguous,
-    below_autograd,
-    overlaps_itself,
-    plain_lists,
-    plainly_separate,
-    strided_on_cpu,
-    transforming,
-    types_are_plain,
-    written_once,
-)
+from fasttransfer.memory import overlaps_itself, written_once
 from fasttransfer.names import Collection, Labels, Tensors, by_name, collect, match
 from fasttransfer.ops.blend import BlendFunction, blend_inplace_op, blend_op
 
@@ -39,8 +28,6 @@ Coefficient = float | Tensor | Mapping[str, float | Tensor]
 Transform = Tensor | Callable[[Tensor], Tensor] | Mapping[str, Any] | None
 
 _BUFFERS = ("blend", "copy", "keep")
-_INF = float("inf")
-_FLOAT, _DOUBLE = torch.float32, torch.float64
 
 
 def blend(
@@ -77,11 +64,10 @@ def blend(
         TypeError: Something that is no floating tensor; alpha by name for tensors without names.
         ValueError: Names, lengths, shapes or devices that do not match; a pattern that matches nothing.
     """
-    if source_scale is transform is None:
-        pairs = _lerp_pairs(target, source, alpha)
-        if pairs is not None:
-            outs = torch._foreach_lerp(*pairs, 1 - alpha)  # type: ignore[operator, arg-type]
-            return outs[0] if isinstance(target, Tensor) else list(outs)
+    if source_scale is transform is None and type(alpha) is float and fast_lists.undisturbed():
+        outs = fast_lists.lerp(target, source, alpha)
+        if outs is not None:
+            return outs[0] if isinstance(target, Tensor) else outs
     plan = _Plan(target, [source], alpha, source_scale, transform, None, "blend")
     return plan.result(plan.blended())
 
@@ -111,10 +97,9 @@ def blend_(
         TypeError, ValueError: As ``blend``; also for a target whose elements overlap in memory, or that shares
             memory with a source in another layout. Nothing has been modified then.
     """
-    if source_scale is transform is None and buffers == "blend":
-        done = _lerp_(target, source, alpha) or _many_(target, [source], alpha, [1.0])
-        if done:
-            return target
+    usual = source_scale is transform is None and buffers == "blend" and type(alpha) is float
+    if usual and fast_lists.undisturbed() and fast_lists.lerp_or_blend_(target, source, alpha):
+        return target
     plan = _Plan(
         target, [source], alpha, source_scale, transform, None, check_choice("buffers", buffers, _BUFFERS)
     )
@@ -164,114 +149,14 @@ def blend_many_(
     Raises:
         TypeError, ValueError: As ``blend_`` and ``blend_many``.
     """
-    if buffers == "blend" and type(sources) in SEQUENCES and sources:
+    if buffers == "blend" and type(alpha) is float and fast_lists.undisturbed():
         shares = _check_weights(sources, weights)
-        if _many_(target, sources, alpha, shares):
+        if fast_lists.blend_(target, sources, alpha, shares):
             return target
     plan = _Plan(target, sources, alpha, None, None, weights, check_choice("buffers", buffers, _BUFFERS))
     with torch.no_grad():
         plan.blend_()
     return target
-
-
-# ------------------------------------------------------------------------------------- the usual calls, plainly
-# The general way looks at names, kinds and ties of everything: 30 us, where the arithmetic of a small tensor takes 1.
-# These accept only what is certainly right, and say no, with nothing done, to all else: it goes the general way.
-
-
-def _lerp_pairs(target: Any, source: Any, alpha: Any) -> tuple[list[Tensor], list[Tensor]] | None:
-    """The two lists, if their blend is what torch's own lerp computes, at the speed of memory: same dtype and shape.
-
-    Its formula is ours for ``0.5 < alpha < 1``: around the target. (Below, it takes ``alpha`` to be
-    ``1 - float(1 - alpha)``, which is rounded; at 1 it looks at the source, of which nothing is wanted.)
-    """
-    if type(alpha) is not float or not 0.5 < alpha < 1 or is_compiling() or transforming():
-        return None
-    if type(target) in PLAIN:
-        targets, sources = [target], [source]
-    elif type(target) in SEQUENCES and type(source) in SEQUENCES and 0 < len(target) == len(source):
-        targets, sources = target, source
-    else:
-        return None
-    try:
-        dtype = targets[0].dtype
-        if dtype is not _FLOAT and dtype is not _DOUBLE:
-            return None
-        both = [*targets, *sources]
-        if not (
-            types_are_plain(both)
-            and {t.dtype for t in both} == {dtype}
-            and strided_on_cpu(both)
-            and [t.shape for t in targets] == [s.shape for s in sources]
-            and are_contiguous(both)
-        ):
-            return None
-    except (AttributeError, RuntimeError):  # no tensor; no shape (nested); no strides (sparse)
-        return None
-    return targets, sources
-
-
-def _lerp_one_(t: Tensor, s: Any, alpha: float) -> bool:
-    """``_lerp_`` of one tensor, without a list: at the price of the two torch calls that this is written with today."""
-    try:
-        if (
-            type(s) not in PLAIN
-            or t.dtype is not s.dtype
-            or (t.dtype is not _FLOAT and t.dtype is not _DOUBLE)
-            or not (t.is_cpu and s.is_cpu and t.is_contiguous() and s.is_contiguous())
-            or t.shape != s.shape
-            or t.is_inference()
-            or (t.requires_grad or s.requires_grad)
-        ):
-            return False
-        at, other, size = t.data_ptr(), s.data_ptr(), t.nbytes
-    except RuntimeError:
-        return False
-    if other < at + size and at < other + size:
-        return False
-    t.lerp_(s, 1 - alpha)
-    return True
-
-
-def _lerp_(target: Any, source: Any, alpha: Any) -> bool:
-    """One source, by torch's own lerp."""
-    if type(alpha) is not float or not 0.5 < alpha < 1 or is_compiling() or transforming():
-        return False
-    t, s = target, source
-    if type(target) is type(source) is list and len(target) == len(source) == 1:
-        t, s = target[0], source[0]
-    if type(t) in PLAIN and _lerp_one_(t, s, alpha):
-        return True
-    pairs = _lerp_pairs(target, source, alpha)
-    if pairs is None or not plainly_separate(*pairs):
-        return False
-    if torch.is_grad_enabled() and any([t.requires_grad for both in pairs for t in both]):
-        with below_autograd():
-            torch._foreach_lerp_(*pairs, 1 - alpha)
-        torch.autograd.graph.increment_version(pairs[0])
-    else:
-        torch._foreach_lerp_(*pairs, 1 - alpha)
-    return True
-
-
-def _many_(target: Any, sources: Sequence[Any], alpha: Any, weights: list[float]) -> bool:
-    """Any dtypes, by the native kernel, which refuses, before it writes, what differs in shape, dtype or layout."""
-    if type(alpha) is not float or not -_INF < alpha < _INF:
-        return False
-    lists = plain_lists(target, sources)
-    if lists is None:
-        return False
-    targets, *columns = lists
-    rows = columns[0] if len(columns) == 1 else [s for row in zip(*columns, strict=True) for s in row]
-    try:
-        if not (are_contiguous(targets) and are_contiguous(rows) and plainly_separate(targets, rows)):
-            return False
-        torch.autograd.graph.increment_version(list(targets))
-        with below_autograd():
-            blend_inplace_op(targets, rows, [alpha] * len(targets), None, [], None, weights)
-    except RuntimeError:
-        return False
-    return True
 
 
 class _Plan:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fasttransfer import fast_lists
 from fasttransfer.checks import (
     FLOATS,
     all_usable,
@@ -16,19 +17,10 @@ from fasttransfer.checks import (
     hides_gradient,
     shape,
 )
-from fasttransfer.memory import (
-    below_autograd,
-    overlaps_itself,
-    plain_lists,
-    strided_on_cpu,
-    types_are_plain,
-    written_once,
-)
+from fasttransfer.memory import written_once
 from fasttransfer.names import Tensors, check_patterns, collect, match, matches
 from fasttransfer.ops.blend import blend_inplace_op
 from fasttransfer.ops.l2sp import L2SPFunction, difference, l2sp_add_grad_op, l2sp_value_op
-
-_INF = float("inf")
 
 
 def l2sp_penalty(params: Tensors, start: Tensors, strength: float) -> Tensor:
@@ -75,14 +67,15 @@ def l2sp_add_grad_(
         The unscaled penalty, a detached scalar, float32 (float64 if any parameter is).
 
     Raises:
-        TypeError, ValueError: As ``l2sp_penalty``; also for a sparse gradient or one whose elements overlap in
+        TypeError, ValueError: As ``l2sp_penalty``; also for a sparse gradient, or gradients that overlap in
             memory. Nothing has been modified then.
     """
     if isinstance(params, Iterator):
         params = list(params)
-    value = _add_grad_plainly(params, start, strength, grad_scale)
-    if value is not None:
-        return value
+    if fast_lists.undisturbed():
+        value = fast_lists.l2sp_add_grad_(params, start, strength, grad_scale)
+        if value is not None:
+            return value
     return _add_grad_(
         _check_pairs(params, start, check_number("strength", strength, 0)).trained(), grad_scale
     )
@@ -355,30 +348,6 @@ def _penalty(selected: _Selection) -> Tensor:
     return l2sp_value_op(params, start, strength)
 
 
-def _add_grad_plainly(params: Any, start: Any, strength: Any, grad_scale: Any) -> Tensor | None:
-    """The usual call without a look at each tensor from here, or None: then nothing has happened.
-
-    Lists (or single tensors) of which every parameter has a start point and a gradient. The native kernel refuses,
-    before it writes, what differs in shape, dtype, device or layout; the way with the words finds out what that was.
-    """
-    scale = 1.0 if grad_scale is None else grad_scale
-    if not (type(strength) is type(scale) is float and 0 <= strength < _INF and 0 <= scale < _INF):
-        return None
-    found = plain_lists(params, [start])
-    if found is None or not all([p.requires_grad and p.is_leaf for p in found[0]]):
-        return None
-    own, points = found
-    grads: list[Any] = [p.grad for p in own]
-    if not (types_are_plain(grads) and strided_on_cpu(grads) and len({*map(id, own)}) == len(own)):
-        return None
-    try:
-        torch.autograd.graph.increment_version(grads)
-        with below_autograd():
-            return l2sp_add_grad_op(own, points, grads, [strength], [1], scale, None)
-    except RuntimeError:
-        return None
-
-
 @torch.no_grad()
 def _add_grad_(selected: _Selection, grad_scale: float | Tensor | None) -> Tensor:
     params, start, strength = selected[2:]
@@ -408,12 +377,12 @@ def _add_grad_(selected: _Selection, grad_scale: float | Tensor | None) -> Tenso
                 raise TypeError(
                     f"the gradient of {selected.label(name)} must be dense (strided), got layout {g.layout}"
                 )
-            if overlaps_itself(g):
-                raise ValueError(
-                    f"the gradient of {selected.label(name)} cannot be added to: its elements overlap in memory"
-                )
         grads.append(torch.empty_like(p) if g is None else g)
         accumulate.append(int(g is not None))
+    if not torch.compiler.is_compiling():
+        labels = [f"the gradient of {selected.label(name)}" for name in selected.names]
+        read = [[p] if p0 is None else [p, p0] for p, p0 in zip(params, start, strict=True)]
+        written_once(labels, grads, read, [object() for _ in labels])
     value = l2sp_add_grad_op(params, start, grads, strength, accumulate, scale, scale_tensor)
     for p, g, had in zip(params, grads, accumulate, strict=True):
         if not had:

@@ -9,57 +9,7 @@ from operator import add, le
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._C._functorch import peek_interpreter_stack
-from torch.autograd import forward_ad
-
-from fasttransfer import native
-from fasttransfer.ops.library import reference_forced
-
-# A dispatcher call without autograd and without the count of versions, for half of what torch.no_grad costs.
-below_autograd = torch._C._AutoDispatchBelowADInplaceOrView
-PLAIN = frozenset({Tensor, nn.Parameter})
-SEQUENCES = frozenset({list, tuple})
-
-
-def transforming() -> bool:
-    """Whether forward-mode derivatives or a transform of torch.func are at work: a plain call might drop them."""
-    return forward_ad._current_level >= 0 or peek_interpreter_stack() is not None
-
-
-def types_are_plain(tensors: Sequence[Any]) -> bool:
-    """Whether all are tensors of torch's own types: nothing that overrides what it means to compute with them."""
-    return PLAIN.issuperset(map(type, tensors))
-
-
-def strided_on_cpu(tensors: Sequence[Tensor]) -> bool:
-    """Whether the dispatcher takes them to the native kernels: one sparse or meta tensor, and it would not."""
-    strided = torch.strided
-    return all([t.is_cpu and t.layout is strided and not t.is_nested for t in tensors])
-
-
-def plain_lists(first: Any, others: Sequence[Any]) -> list[Sequence[Tensor]] | None:
-    """``first`` and each of ``others`` as lists of plain CPU tensors of one length, if the native kernels serve them.
-
-    For the fast ways past the general checks, which cost more than a small tensor's arithmetic: what is returned has
-    not been checked for dtype, shape or strides. None, without a word, for all that needs a closer look.
-    """
-    if torch.compiler.is_compiling() or not native.native_available() or reference_forced():
-        return None
-    if transforming():
-        return None
-    if type(first) in PLAIN:
-        lists: list[Sequence[Tensor]] = [[first], *([x] for x in others)]
-    elif type(first) in SEQUENCES and first and SEQUENCES.issuperset(map(type, others)):
-        lists = [first, *others]
-        if not all([len(x) == len(first) for x in others]):
-            return None
-    else:
-        return None
-    for tensors in lists:
-        if not (types_are_plain(tensors) and strided_on_cpu(tensors)):
-            return None
-    return lists
+from torch import Tensor
 
 
 def overlaps_itself(t: Tensor) -> bool:

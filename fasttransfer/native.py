@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
@@ -18,10 +19,13 @@ import torch
 from fasttransfer.ops.library import force_reference, reference_forced
 
 BACKENDS = ("auto", "reference", "native")
+BUILT_WITH = ("torch", "compiler", "levels", "cuda_version", "architectures", "requested")
 
 _record_file = Path(__file__).with_name("_build.json")
+_cuda_file = Path(__file__).with_name("_cuda.so")
 _C: ModuleType | None = None
 _why_not = ""
+_cuda_why_not = "not loaded"  # empty: the CUDA kernels are there
 
 
 def _record() -> dict[str, Any]:
@@ -43,18 +47,19 @@ def _setting(variable: str, accepted: tuple[str, ...]) -> str:
 
 
 def load() -> None:
-    """Load the compiled library as ``FASTTRANSFER_BACKEND`` and ``FASTTRANSFER_SIMD`` say. Called once, at import.
+    """Load the compiled libraries as ``FASTTRANSFER_BACKEND`` and ``FASTTRANSFER_SIMD`` say. Called once, at import.
 
     Raises:
         ValueError: A variable holds something else than what it accepts.
         ImportError: ``FASTTRANSFER_BACKEND=native`` and there is nothing to load, or it does not load.
     """
-    global _C, _why_not
+    global _C, _why_not, _cuda_why_not
     backend = _setting("FASTTRANSFER_BACKEND", BACKENDS)
     record = _record()
     if backend == "reference":
-        _why_not = "FASTTRANSFER_BACKEND=reference"
+        _why_not = _cuda_why_not = "FASTTRANSFER_BACKEND=reference"
         return
+    _cuda_why_not = _load_cuda(record)
     if not record["native"]:
         _why_not = record["native_reason"]
     else:
@@ -71,6 +76,55 @@ def load() -> None:
             )
         return
     _set_level(os.environ.get("FASTTRANSFER_SIMD", "auto"), "FASTTRANSFER_SIMD")
+
+
+def _load_cuda(record: dict[str, Any]) -> str:
+    """Register the CUDA kernels where torch has CUDA; why there are none, or nothing if there are.
+
+    Asks neither for a GPU nor for anything that would start CUDA in this process: it could not fork any more.
+    """
+    if torch.version.cuda is None:
+        built = f"built with CUDA {record.get('cuda_version')}, but torch {torch.__version__} has no CUDA"
+        return built if record.get("cuda") else str(record.get("cuda_reason", "not built"))
+    if not record.get("cuda"):
+        why = str(record.get("cuda_reason", "not built"))
+        unasked = record.get("requested", {}).get("cuda") != "0"
+    else:
+        why, unasked = _cuda_driver_problem(record), True
+        if not why:
+            try:
+                torch.ops.load_library(str(_cuda_file))
+                return ""
+            except OSError as error:
+                why = f"built with torch {record.get('torch')}, but it does not load: {error.__cause__ or error}"
+    if unasked and _gpu_is_here():
+        warnings.warn(
+            f"fasttransfer runs in pure torch on the GPU, without its CUDA kernels: {why}", stacklevel=4
+        )
+    return why
+
+
+def _cuda_driver_problem(record: dict[str, Any]) -> str:
+    """The CUDA runtime in the library works with a driver of its own major version or a later one."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return ""  # no driver, no GPU: nothing will be launched
+    version = ctypes.c_int(0)
+    built = str(record.get("cuda_version") or "0")
+    if driver.cuDriverGetVersion(ctypes.byref(version)) != 0 or version.value // 1000 >= int(
+        built.partition(".")[0]
+    ):
+        return ""
+    return (
+        f"built with CUDA {built}, but the driver here is for CUDA {version.value // 1000}."
+        f"{version.value % 1000 // 10}: update it, or rebuild fasttransfer with an older nvcc"
+    )
+
+
+def _gpu_is_here() -> bool:
+    """Whether there is an NVIDIA GPU, as far as can be told without starting CUDA (Linux, WSL)."""
+    return os.path.exists("/dev/nvidiactl") or os.path.exists("/dev/dxg")
 
 
 def _set_level(level: str, source: str) -> None:
@@ -125,7 +179,7 @@ def use_backend(backend: str) -> Iterator[None]:
     if backend == "native" and _C is None:
         raise RuntimeError(f"no native kernels are loaded: {_why_not}")
     before = reference_forced()
-    force_reference(backend == "reference" and _C is not None)
+    force_reference(backend == "reference" and (_C is not None or not _cuda_why_not))
     try:
         yield
     finally:
@@ -137,8 +191,9 @@ def build_info() -> dict[str, Any]:
 
     Returns:
         A dict with ``version``, ``torch``, ``python``, ``platform``, ``cpu_kernels`` (bool), ``cpu_reason``,
-        ``simd_level``, ``simd_levels``, ``cuda_kernels`` (bool), ``cuda_reason``, and ``built_with`` (the record of
-        the build: its torch, compiler, levels and what was requested).
+        ``simd_level``, ``simd_levels``, ``cuda_kernels`` (bool: loaded, whether or not there is a GPU),
+        ``cuda_reason``, and ``built_with`` (the record of the build: its torch, compiler, levels, CUDA version and
+        architectures, and what was requested).
     """
     record = _record()
     return {
@@ -150,7 +205,7 @@ def build_info() -> dict[str, Any]:
         "cpu_reason": "loaded" if _C is not None else _why_not,
         "simd_level": None if _C is None else _C.simd_level(),
         "simd_levels": simd_levels(),
-        "cuda_kernels": False,
-        "cuda_reason": record.get("cuda_reason", "not built"),
-        "built_with": {k: record.get(k) for k in ("torch", "compiler", "levels", "requested")},
+        "cuda_kernels": not _cuda_why_not,
+        "cuda_reason": _cuda_why_not or "loaded",
+        "built_with": {k: record.get(k) for k in BUILT_WITH},
     }

@@ -256,3 +256,16 @@ def test_a_sparse_gradient_in_the_usual_list(backend):
     with pytest.raises(TypeError, match="dense"):
         l2sp_add_grad_(params, [torch.zeros(2)] * 2, 0.5)
     assert params[0].grad.tolist() == [1, 1]
+
+
+def test_gradients_that_overlap_are_refused(backend):
+    flat = torch.zeros(12)
+    params = [torch.nn.Parameter(torch.ones(8)), torch.nn.Parameter(torch.ones(8))]
+    params[0].grad, params[1].grad = flat[:8], flat[4:]
+    with pytest.raises(ValueError, match=r"the gradient of params\[0\].*overlap"):
+        l2sp_add_grad_(params, [torch.zeros(8)] * 2, 0.1)
+    assert not flat.any()
+    params[1].grad = torch.zeros(1).expand(8)
+    with pytest.raises(ValueError, match=r"the gradient of params\[1\].*overlap"):
+        l2sp_add_grad_(params, [torch.zeros(8)] * 2, 0.1)
+    assert not flat.any()

@@ -1,5 +1,5 @@
-// torch.ops.fasttransfer.blend and blend_ for the CPU key: coefficients, and the list of tensors in chunks over
-// threads. The run itself is cpu/blend.h. Schemas and the pure-torch twin: fasttransfer/ops/blend.py.
+// torch.ops.fasttransfer.blend, blend_ and blend_plain_ for the CPU key: coefficients, and the list of tensors in
+// chunks over threads. The run itself is cpu/blend.h. Schemas and the pure-torch twins: fasttransfer/ops/blend.py.
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
@@ -8,6 +8,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/lists.h"
+#include "cpu/plain_lists.h"
 
 namespace ft {
 namespace {
@@ -37,19 +38,63 @@ class Values {
   std::vector<double> values_;
 };
 
-// One target with its sources; its terms are in one list for all items.
-struct Item {
-  BlendRun run{};
-  size_t first_term = 0;
-  bool in_double = false;
-};
-
 // The largest coefficient first, zeros left out; returns how many are left.
 int order_terms(BlendTerm* terms, size_t count) {
   const auto larger = [](const BlendTerm& a, const BlendTerm& b) { return std::abs(a.coef) < std::abs(b.coef); };
   std::swap(terms[0], *std::max_element(terms, terms + count, larger));
   return int(std::remove_if(terms + 1, terms + count, [](const BlendTerm& t) { return t.coef == 0; }) - terms);
 }
+
+// Targets with their sources.
+class Items {
+ public:
+  Items(size_t n, const std::vector<double>& weights) : weights_(weights) {
+    terms_.reserve(n * (weights.size() + 1));  // the items point into it
+    items_.reserve(n);
+    sizes_.reserve(n);
+  }
+
+  // out = alpha * operands[0] + scale * sum_j weights[j] * operands[1 + j], each of n elements
+  void add(const Flat& out, const Flat* operands, double alpha, double scale, int64_t n) {
+    Item item;
+    BlendTerm* own = terms_.data() + terms_.size();
+    double sum = 0;
+    for (size_t j = 0; j <= weights_.size(); ++j) {
+      const double coef = j == 0 ? alpha : scale * weights_[j - 1];
+      terms_.push_back({operands[j].data, operands[j].dtype, coef});
+      sum += coef;
+      item.in_double = item.in_double || operands[j].dtype == DType::kFloat64;
+    }
+    item.run.terms = own;
+    item.run.count = order_terms(own, weights_.size() + 1);
+    item.run.out = out.data;
+    item.run.out_dtype = out.dtype;
+    item.run.convex = std::abs(sum - 1) < 1e-12;
+    items_.push_back(item);
+    sizes_.push_back(n);
+  }
+
+  void run() const {
+    const Kernels& kernel = kernels();
+    for_each_chunk(sizes_, [&](int64_t, size_t i, int64_t begin, int64_t count) {
+      BlendRun r = items_[i].run;
+      r.begin = begin;
+      r.n = count;
+      (items_[i].in_double ? kernel.blend_run_double : kernel.blend_run_float)(r);
+    });
+  }
+
+ private:
+  struct Item {
+    BlendRun run{};
+    bool in_double = false;
+  };
+
+  const std::vector<double>& weights_;
+  std::vector<BlendTerm> terms_;
+  std::vector<Item> items_;
+  std::vector<int64_t> sizes_;
+};
 
 void run(const std::vector<Tensor>& outs, const std::vector<Tensor>& targets, const std::vector<Tensor>& sources,
          const std::vector<double>& alpha, const OptTensor& alpha_tensor, const std::vector<double>& scale,
@@ -59,40 +104,17 @@ void run(const std::vector<Tensor>& outs, const std::vector<Tensor>& targets, co
   const Values alphas(alpha, alpha_tensor, n), scales(scale, scale_tensor, n);
   STD_TORCH_CHECK(n == 0 || alphas.given(), "fasttransfer::blend: alpha is missing");
   Operands operands;
-  std::vector<Operand> item_operands(k + 2);  // output, target, sources
-  std::vector<BlendTerm> terms(n * (k + 1));  // target, sources of each item
-  std::vector<Item> items(n);
-  std::vector<int64_t> sizes(n);
+  std::vector<Operand> own(k + 2);  // output, target, sources
+  std::vector<Flat> flats(k + 2);
+  Items items(n, weights);
   for (size_t i = 0; i < n; ++i) {
-    const double source_scale = scales.given() ? scales[i] : 1 - alphas[i];
-    item_operands[0] = {&outs[i], true};
-    item_operands[1] = {&targets[i], false};
-    for (size_t j = 0; j < k; ++j) item_operands[2 + j] = {&sources[i * k + j], false};
-    operands.flatten(item_operands.data(), k + 2);
-    Item& item = items[i];
-    item.first_term = i * (k + 1);
-    BlendTerm* own = &terms[item.first_term];
-    double sum = 0;
-    for (size_t j = 0; j <= k; ++j) {
-      const Operand& x = item_operands[1 + j];
-      own[j] = {x.data, x.dtype, j == 0 ? alphas[i] : source_scale * weights[j - 1]};
-      sum += own[j].coef;
-      item.in_double = item.in_double || x.dtype == DType::kFloat64;
-    }
-    item.run.count = order_terms(own, k + 1);
-    item.run.out = item_operands[0].data;
-    item.run.out_dtype = item_operands[0].dtype;
-    item.run.convex = std::abs(sum - 1) < 1e-12;
-    sizes[i] = targets[i].numel();
+    own[0] = {&outs[i], true};
+    own[1] = {&targets[i], false};
+    for (size_t j = 0; j < k; ++j) own[2 + j] = {&sources[i * k + j], false};
+    operands.flatten(own.data(), flats.data(), k + 2);
+    items.add(flats[0], &flats[1], alphas[i], scales.given() ? scales[i] : 1 - alphas[i], targets[i].numel());
   }
-  const Kernels& kernel = kernels();
-  for_each_chunk(sizes, [&](int64_t, size_t i, int64_t begin, int64_t count) {
-    BlendRun r = items[i].run;
-    r.terms = &terms[items[i].first_term];
-    r.begin = begin;
-    r.n = count;
-    (items[i].in_double ? kernel.blend_run_double : kernel.blend_run_float)(r);
-  });
+  items.run();
   operands.finish();
 }
 
@@ -111,11 +133,45 @@ void blend_(std::vector<Tensor> targets, std::vector<Tensor> sources, std::vecto
   run(targets, targets, sources, alpha, alpha_tensor, scale, scale_tensor, weights);
 }
 
+// False, with nothing written, unless all lie in memory as their targets do, without gaps, and no target
+// touches anything else. The sources of one model after those of the other.
+bool run_plain(const Handles& targets, const Handles& sources, double alpha, const std::vector<double>& weights) {
+  const size_t n = targets.size(), k = weights.size();
+  if (k == 0 || sources.size() != n * k) return false;
+  Items items(n, weights);
+  Ranges ranges(n * (k + 1));
+  std::vector<Flat> operands(k + 1);
+  for (size_t i = 0; i < n; ++i) {
+    Plain target, source;
+    if (!look(targets[i], true, target)) return false;
+    ranges.set(i, target, true);
+    operands[0] = target.flat;
+    for (size_t j = 0; j < k; ++j) {
+      if (!look(sources[j * n + i], false, source) || !same_layout(source, target)) return false;
+      ranges.set((1 + j) * n + i, source, false);
+      operands[1 + j] = source.flat;
+    }
+    items.add(target.flat, operands.data(), alpha, 1 - alpha, target.numel);
+  }
+  if (!ranges.separate()) return false;
+  items.run();
+  return true;
+}
+
+// By hand what TORCH_BOX does, to take the lists as they come.
+void blend_plain_(StableIValue* stack, uint64_t, uint64_t) {
+  const Handles targets(stack[0]), sources(stack[1]);
+  const auto alpha = torch::stable::detail::to<double>(stack[2]);
+  const auto weights = torch::stable::detail::to<std::vector<double>>(stack[3]);
+  stack[0] = torch::stable::detail::from(run_plain(targets, sources, alpha, weights));
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fasttransfer, CPU, m) {
   m.impl("blend", TORCH_BOX(&blend));
   m.impl("blend_", TORCH_BOX(&blend_));
+  m.impl("blend_plain_", &blend_plain_);
 }
 
 }  // namespace ft

@@ -104,6 +104,15 @@ blend_op = define(
 blend_inplace_op = define(
     "blend_", f"(Tensor(a!)[] targets, {_ARGUMENTS}) -> ()", _blend_, lambda *_: None, mutates=[0]
 )
+# Plain lists at the least price per tensor: one alpha for all, the sources of one model after those of the other.
+# False, with nothing written, unless the kernel serves them as they are; there is no such kernel in pure torch.
+blend_plain_op = define(
+    "blend_plain_",
+    "(Tensor(a!)[] targets, Tensor[] sources, float alpha, float[] weights) -> bool",
+    lambda *_: False,
+    lambda *_: False,
+    mutates=[0],
+)
 
 
 # ---------------------------------------------------------------------------------------------- autograd

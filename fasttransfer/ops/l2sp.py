@@ -94,6 +94,15 @@ l2sp_add_grad_op = define(
     _fake_value,
     mutates=[2],
 )
+# Plain lists at the least price per tensor, each parameter with its start point and a gradient to add to. None, with
+# nothing written, unless the kernel serves them as they are; there is no such kernel in pure torch.
+l2sp_add_grad_plain_op = define(
+    "l2sp_add_grad_plain_",
+    "(Tensor[] params, Tensor[] start, Tensor(a!)[] grads, float strength, float grad_scale) -> Tensor?",
+    lambda *_: None,
+    lambda *_: None,
+    mutates=[2],
+)
 
 
 # ---------------------------------------------------------------------------------------------- autograd
