@@ -1,4 +1,5 @@
 # make demo | examples | bench | bench-quick | test | lint | format | build | clean        ARGS="..." goes to the program that runs
+# make cuda-check (compile the CUDA kernels, look at what came out; needs nvcc)    make gpu (everything that needs a GPU)
 #
 # Each target sets up what it needs on a fresh machine, in .venv, and only what changed since the last time.
 # Assumed: python3 and make; a C++ compiler if the native kernels are wanted (without one: pure torch).
@@ -17,11 +18,11 @@ BUILD_STAMP := $(VENV)/.stamp-build
 NATIVE_SOURCES := $(shell find csrc 2>/dev/null) $(wildcard build_tools/*.py) setup.py pyproject.toml
 CXX_SOURCES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo examples bench bench-quick test lint format build clean FORCE
+.PHONY: help demo examples bench bench-quick test lint format build cuda-check gpu clean FORCE
 .SUFFIXES:
 
 help:
-	@sed -n '1,4s/^# \{0,1\}//p' Makefile
+	@sed -n '1,5s/^# \{0,1\}//p' Makefile
 
 demo: $(BUILD_STAMP)
 	@$(PY) -m examples.demo $(ARGS)
@@ -43,6 +44,15 @@ test: $(BUILD_STAMP)
 build: $(BUILD_STAMP)
 	@echo "fasttransfer is built and up to date"
 
+# sm_75 to sm_120 and PTX; ARGS="--arch 9.0": one of them. Fails on a spill, on local memory, on a symbol torch lacks.
+cuda-check: $(ENV_STAMP)
+	@$(PY) -m build_tools.ptxas_check $(ARGS)
+	@$(PY) -m build_tools.cuda_symbols build/cuda-check/_cuda.so
+
+# With the Python that has a CUDA torch: that of .venv if there is one, else $(PYTHON). Under ten minutes.
+gpu:
+	@if [ -x $(PY) ]; then python=$(PY); else python=$(PYTHON); fi; $$python -m build_tools.gpu $(ARGS)
+
 lint: $(ENV_STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -55,7 +65,7 @@ format: $(ENV_STAMP)
 	$(VENV)/bin/clang-format -i $(CXX_SOURCES)
 
 clean:
-	rm -rf build dist fasttransfer.egg-info fasttransfer/_C.*.so fasttransfer/_build.json
+	rm -rf build dist fasttransfer.egg-info fasttransfer/_C.*.so fasttransfer/_cuda.so fasttransfer/_build.json
 	rm -f $(BUILD_STAMP) $(CONFIG_STAMP)
 
 $(PY):
@@ -74,6 +84,7 @@ $(ENV_STAMP): requirements-dev.txt | $(PY)
 # What decides about the build beside the sources; rewritten only where it changed.
 $(CONFIG_STAMP): FORCE | $(PY)
 	@printf '%s\n' "NATIVE=$$FASTTRANSFER_NATIVE CUDA=$$FASTTRANSFER_CUDA DEBUG=$$FASTTRANSFER_DEBUG CXX=$$CXX" \
+	  "$$TORCH_CUDA_ARCH_LIST $$CUDA_HOME $$CUDA_PATH" \
 	  "$$(command -v g++ c++ clang++ nvcc)" > $@.new
 	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
 

@@ -1,9 +1,11 @@
-"""Build fasttransfer: the Python package and, where it can, the native library `fasttransfer._C`.
+"""Build fasttransfer: the Python package and, where it can, its native libraries (`_C`: CPU, `_cuda.so`: CUDA).
 
 Metadata is in pyproject.toml. The environment decides what is compiled:
 
     FASTTRANSFER_NATIVE=auto|0|1   CPU kernels: where possible, never, or fail without
-    FASTTRANSFER_CUDA=auto|0|1     CUDA kernels: where nvcc and a CUDA torch are found, never, or fail without
+    FASTTRANSFER_CUDA=auto|0|1     CUDA kernels: where nvcc and a CUDA torch are found, never, or fail without nvcc
+    TORCH_CUDA_ARCH_LIST           the GPUs to compile them for, as torch reads it ("8.0;9.0+PTX"); default: all
+    CUDA_HOME                      where nvcc is
     FASTTRANSFER_DEBUG=1           -O1 -g, symbols kept
     CXX, MAX_JOBS                  the compiler, and how many of it run at once
 
@@ -25,9 +27,12 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))  # build front ends run this file without its folder on the path
 
 from build_tools import compile as native  # noqa: E402
+from build_tools import compile_cuda as cuda  # noqa: E402
 from build_tools.decide import BuildError, decide, describe  # noqa: E402
+from build_tools.ninja_file import install, jobs  # noqa: E402
 
 PACKAGE = ROOT / "fasttransfer"
+CUDA_EXTENSION = "fasttransfer._cuda"
 
 
 class Build(build):
@@ -44,14 +49,25 @@ class Build(build):
 class BuildNative(build_ext):
     """`build_ext` with ninja in place of setuptools' compiler, which has one set of flags for all files."""
 
+    def get_ext_filename(self, fullname):
+        """The CUDA library belongs to no version of Python, and its name says so."""
+        *packages, name = fullname.split(".")  # setuptools asks with and without the package
+        if name == CUDA_EXTENSION.rpartition(".")[2]:
+            return os.path.join(*packages, cuda.NAME)
+        return super().get_ext_filename(fullname)
+
     def build_extension(self, ext):
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
+        facts = PLAN.facts
         try:
-            library = native.build_library(ROOT, PLAN.facts.compiler, PLAN.facts.torch, os.environ)
+            if ext.name == CUDA_EXTENSION:
+                library = cuda.build_library(ROOT, facts.nvcc, facts.torch, PLAN.architectures, os.environ)
+            else:
+                library = native.build_library(ROOT, facts.compiler, facts.torch, os.environ)
         except BuildError as error:
             raise SystemExit(f"error: {error}") from None
-        shutil.copyfile(library, target)
+        install(library, target)
 
 
 class BuildRecord(Command):
@@ -68,10 +84,11 @@ class BuildRecord(Command):
         self.set_undefined_options("build", ("build_lib", "build_lib"))
 
     def run(self):
-        if self.editable_mode and not PLAN.native.build:
-            # A library of an earlier build would be loaded in spite of this decision.
-            for stale in PACKAGE.glob("_C.*.so"):
-                stale.unlink()
+        if self.editable_mode:
+            # A library of an earlier build would be loaded, or shipped, in spite of this decision.
+            for pattern, wanted in (("_C.*.so", PLAN.native.build), (cuda.NAME, PLAN.cuda.build)):
+                for stale in PACKAGE.glob(pattern) if not wanted else ():
+                    stale.unlink()
         record = PLAN.record(self.distribution.get_version())
         target = Path(self.get_outputs()[0])
         target.write_text(json.dumps(record, indent=2) + "\n")
@@ -90,12 +107,17 @@ class BuildRecord(Command):
 
 try:
     PLAN = decide(os.environ, ROOT)
-    native.jobs(os.environ)  # a bad MAX_JOBS is said before anything is built
+    jobs(os.environ)  # a bad MAX_JOBS is said before anything is built
 except BuildError as error:
     raise SystemExit(f"error: {error}") from None
 
+# The sources are listed for tools that read them; what is compiled and how is build_tools/compile*.py.
+EXTENSIONS = [
+    *([Extension("fasttransfer._C", sources=["csrc/module.cpp"])] if PLAN.native.build else []),
+    *([Extension(CUDA_EXTENSION, sources=list(PLAN.facts.cuda_sources))] if PLAN.cuda.build else []),
+]
+
 setup(
-    # The sources are listed for tools that read them; what is compiled and how is build_tools/compile.py.
-    ext_modules=[Extension("fasttransfer._C", sources=["csrc/module.cpp"])] if PLAN.native.build else [],
+    ext_modules=EXTENSIONS,
     cmdclass={"build": Build, "build_ext": BuildNative, "build_record": BuildRecord},
 )

@@ -1,32 +1,20 @@
-"""Compile `fasttransfer._C` with ninja: one shared library, flags per file, incremental through depfiles."""
+"""Compile the CPU kernels, `fasttransfer._C`: level*.cpp once per SIMD level, the rest once."""
 
 from __future__ import annotations
 
-import os
-import shlex
-import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
 from .decide import BuildError
+from .ninja_file import Library, Unit, make, quote
 from .probe import CXX_STANDARD, LEVEL_FLAGS, Compiler, Torch
 
 MATH = ("-fno-math-errno", "-ffp-contract=fast")
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # the stable ABI of torch 2.10
 # The linker drops a plain -ltorch as unneeded, and the stream symbols are then missing at load.
 TORCH_LIBRARIES = ("-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10")
-
-
-@dataclass(frozen=True)
-class Unit:
-    """One call of the compiler. Paths are relative to the source tree, where ninja runs."""
-
-    source: str
-    object: str
-    flags: tuple[str, ...]
 
 
 def object_dir(root: Path) -> Path:
@@ -42,22 +30,12 @@ def is_debug(environ: Mapping[str, str]) -> bool:
     return environ.get("FASTTRANSFER_DEBUG", "0") not in ("", "0")
 
 
-def jobs(environ: Mapping[str, str]) -> list[str]:
-    """ninja's arguments for MAX_JOBS; without it ninja uses every processor."""
-    value = environ.get("MAX_JOBS", "").strip()
-    if not value:
-        return []
-    if not value.isdigit() or int(value) == 0:
-        raise BuildError(f"MAX_JOBS={value!r} is not understood. Accepted: a positive whole number.")
-    return ["-j", value]
-
-
 def units(root: Path, compiler: Compiler, torch: Torch, debug: bool) -> list[Unit]:
     """Every source with its flags: level*.cpp once per SIMD level, the rest once, at the baseline."""
     optimise = ("-O1", "-g") if debug else ("-O3",)
     common = (CXX_STANDARD, *optimise, "-fPIC", "-fvisibility=hidden", *MATH, "-Wall", "-Wextra", "-Icsrc")
     above_baseline = [f"-DFT_HAVE_{level.upper()}" for level in compiler.levels if level != "baseline"]
-    with_torch = (*common, TORCH_TARGET, *torch_includes(torch), *above_baseline)
+    with_torch = (*common, TORCH_TARGET, *torch_includes(torch), *python_includes(), *above_baseline)
     objects = object_dir(root).relative_to(root)
     result = []
     for path in [root / "csrc/module.cpp", *sorted(root.glob("csrc/cpu/*.cpp"))]:
@@ -74,57 +52,34 @@ def units(root: Path, compiler: Compiler, torch: Torch, debug: bool) -> list[Uni
 
 
 def torch_includes(torch: Torch) -> list[str]:
-    """Include flags of torch, pybind11 and Python; as system headers, whose warnings are not ours."""
+    """Include flags of torch; as system headers, whose warnings are not ours."""
+    include = torch.root / "include"
+    return ["-isystem", str(include), "-isystem", str(include / "torch/csrc/api/include")]
+
+
+def python_includes() -> list[str]:
+    """Include flags of pybind11 and Python."""
     import pybind11
 
-    include = torch.root / "include"
-    folders = [include, include / "torch/csrc/api/include", pybind11.get_include()]
-    return [f"-isystem{folder}" for folder in (*folders, sysconfig.get_paths()["include"])]
-
-
-def write_ninja(root: Path, compiler: Compiler, torch: Torch, debug: bool) -> Path:
-    """Write build.ninja and return its path. ninja redoes what has a new source, header or command line."""
-    from ninja import ninja_syntax
-
-    folder = object_dir(root)
-    folder.mkdir(parents=True, exist_ok=True)
-    todo = units(root, compiler, torch, debug)
-    library = str((folder / library_name()).relative_to(root))
-    link = (*(() if debug else ("-s",)), f"-L{torch.root / 'lib'}", *TORCH_LIBRARIES)
-    path = folder / "build.ninja"
-    with path.open("w") as stream:
-        ninja = ninja_syntax.Writer(stream, width=200)
-        ninja.variable("builddir", str(folder.relative_to(root)))
-        ninja.variable("cxx", quote(compiler.command))
-        ninja.rule(
-            "compile",
-            "$cxx -MD -MF $out.d $flags -c $in -o $out",
-            description="compile $out",
-            depfile="$out.d",
-            deps="gcc",
-        )
-        ninja.rule("link", "$cxx -shared $in -o $out $flags", description="link $out")
-        for unit in todo:
-            ninja.build(unit.object, "compile", unit.source, variables={"flags": quote(unit.flags)})
-        ninja.build(library, "link", [unit.object for unit in todo], variables={"flags": quote(link)})
-    return path
-
-
-def quote(words: Iterable[str]) -> str:
-    """Quoted for the shell, then for ninja, where `$` starts a variable."""
-    return shlex.join(words).replace("$", "$$")
+    return ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_paths()["include"]]
 
 
 def build_library(root: Path, compiler: Compiler, torch: Torch, environ: Mapping[str, str]) -> Path:
     """Compile and link what is out of date; return the path of the shared library."""
-    import ninja
-
-    path = write_ninja(root, compiler, torch, is_debug(environ))
-    command = [os.path.join(ninja.BIN_DIR, "ninja"), "-f", str(path.relative_to(root)), *jobs(environ)]
-    # To stderr, where the decisions are: stdout belongs to the build front end.
-    if subprocess.run(command, cwd=root, stdout=sys.stderr).returncode != 0:
+    debug = is_debug(environ)
+    command = quote(compiler.command)
+    library = Library(
+        folder=object_dir(root),
+        name=library_name(),
+        compile=f"{command} -MD -MF $out.d $flags -c $in -o $out",
+        link=f"{command} -shared $in -o $out $flags",
+        link_flags=(*(() if debug else ("-s",)), f"-L{torch.root / 'lib'}", *TORCH_LIBRARIES),
+        units=units(root, compiler, torch, debug),
+    )
+    path = make(root, library, environ)
+    if path is None:
         raise BuildError(
             "compiling the native CPU kernels failed (the compiler's messages are above). "
             "FASTTRANSFER_NATIVE=0 installs the pure-torch package without them."
         )
-    return object_dir(root) / library_name()
+    return path

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import architectures as arch
 from .probe import Facts, look_around
 
 CHOICES = ("auto", "0", "1")
@@ -33,11 +34,13 @@ class Plan:
     cuda: Decision
     requested: dict[str, str]
     facts: Facts
+    architectures: tuple[str, ...] = ()  # what the CUDA kernels are compiled for
 
     def record(self, version: str) -> dict[str, object]:
         """The contents of `fasttransfer/_build.json`."""
-        torch = self.facts.torch if self.native.build else None
+        torch = self.facts.torch if self.native.build or self.cuda.build else None
         compiler = self.facts.compiler if self.native.build else None
+        nvcc = self.facts.nvcc if self.cuda.build else None
         return {
             "version": version,
             "native": self.native.build,
@@ -48,6 +51,8 @@ class Plan:
             "torch": torch.version if torch else None,
             "compiler": compiler.version if compiler else None,
             "levels": list(compiler.levels) if compiler else [],
+            "cuda_version": nvcc.version if nvcc else None,
+            "architectures": list(self.architectures),
         }
 
 
@@ -89,7 +94,7 @@ def decide_cuda(requested: str, facts: Facts) -> Decision:
     """Whether the CUDA kernels are compiled. Asks for no GPU: build machines and containers have none."""
     if requested == "0":
         return Decision(False, "FASTTRANSFER_CUDA=0 was set")
-    problem = cuda_problem(facts)
+    problem = cuda_problem(requested, facts)
     if problem and requested == "1":
         raise BuildError(
             f"FASTTRANSFER_CUDA=1 asks for the CUDA kernels, but {problem}. "
@@ -97,22 +102,34 @@ def decide_cuda(requested: str, facts: Facts) -> Decision:
         )
     if problem:
         return Decision(False, problem)
+    assert facts.nvcc is not None
     assert facts.torch is not None
-    if requested == "auto" and facts.torch.cuda is None:
-        why = (
-            f"torch {facts.torch.version} is not a CUDA build (FASTTRANSFER_CUDA=1 builds them all the same)"
-        )
-        return Decision(False, why)
-    return Decision(True, f"compiled with {facts.nvcc} against torch {facts.torch.version}")
+    built = f"compiled with nvcc {facts.nvcc.version} ({facts.nvcc.path}) against torch {facts.torch.version}"
+    return Decision(True, built)
 
 
-def cuda_problem(facts: Facts) -> str | None:
-    """What makes the CUDA kernels impossible, whatever was asked for."""
+def cuda_problem(requested: str, facts: Facts) -> str | None:
+    """What keeps the CUDA kernels from being built."""
     if not facts.cuda_sources:
         return "this version has no CUDA sources (csrc/cuda/*.cu)"
+    problem = facts.platform_problem or facts.compiler_problem or facts.torch_problem or facts.tools_problem
+    if problem:
+        return problem
+    assert facts.torch is not None
+    ours = facts.torch.cuda
+    if requested == "auto" and ours is None:
+        return (
+            f"torch {facts.torch.version} is not a CUDA build (FASTTRANSFER_CUDA=1 builds them all the same)"
+        )
     if facts.nvcc is None:
-        return "nvcc was not found (looked in CUDA_HOME or CUDA_PATH, else in PATH and /usr/local/cuda)"
-    return facts.tools_problem or facts.torch_problem
+        return facts.nvcc_problem or "nvcc was not found"
+    if requested == "auto" and ours is not None and facts.nvcc.major > int(ours.partition(".")[0]):
+        # The runtime that is linked in asks for a driver of its own major version; torch's driver may be older.
+        return (
+            f"nvcc {facts.nvcc.version} ({facts.nvcc.path}) is newer than the CUDA {ours} of torch "
+            f"{facts.torch.version} and may need a newer driver (FASTTRANSFER_CUDA=1 builds them all the same)"
+        )
+    return None
 
 
 def decide(environ: Mapping[str, str], root: Path) -> Plan:
@@ -121,13 +138,15 @@ def decide(environ: Mapping[str, str], root: Path) -> Plan:
         "native": read_choice(environ, "FASTTRANSFER_NATIVE"),
         "cuda": read_choice(environ, "FASTTRANSFER_CUDA"),
     }
-    facts = look_around(environ, root)
-    return Plan(
-        native=decide_native(requested["native"], facts),
-        cuda=decide_cuda(requested["cuda"], facts),
-        requested=requested,
-        facts=facts,
-    )
+    facts = look_around(environ, root, requested["cuda"])
+    native, cuda = decide_native(requested["native"], facts), decide_cuda(requested["cuda"], facts)
+    architectures: tuple[str, ...] = ()
+    if cuda.build and facts.nvcc is not None:
+        try:
+            architectures = arch.choose(environ.get("TORCH_CUDA_ARCH_LIST"), facts.nvcc.supported)
+        except arch.ArchitectureError as error:
+            raise BuildError(str(error)) from None
+    return Plan(native, cuda, requested, facts, architectures)
 
 
 def describe(record: Mapping[str, object]) -> str:
@@ -138,4 +157,7 @@ def describe(record: Mapping[str, object]) -> str:
     if isinstance(levels, list) and levels:
         lines.append(f"SIMD levels: {', '.join(levels)}")
     lines.append(f"CUDA kernels: {'yes' if record['cuda'] else 'no'}: {record['cuda_reason']}")
+    architectures = record["architectures"]
+    if isinstance(architectures, list) and architectures:
+        lines.append(f"CUDA architectures: {', '.join(architectures)} (TORCH_CUDA_ARCH_LIST names others)")
     return "\n".join(f"fasttransfer: {line}" for line in lines)

@@ -5,7 +5,6 @@ Looked at in files and by running the compiler; torch is not imported, because t
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 import runpy
@@ -20,6 +19,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from .nvcc import Nvcc, find_nvcc, host_of
+
 OLDEST_TORCH = (2, 10)  # the stable ABI that csrc/ targets (TORCH_TARGET_VERSION)
 CXX_STANDARD = "-std=c++20"
 
@@ -30,6 +31,7 @@ LEVEL_FLAGS: dict[str, tuple[str, ...]] = {
     "avx512": (
         *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
         *("-mfma", "-mf16c", "-mprefer-vector-width=512"),
+        "-Wno-maybe-uninitialized",  # GCC 12 warns a thousand times of its own intrinsics
     ),
 }
 
@@ -63,14 +65,22 @@ class Facts:
     torch_problem: str | None = None
     compiler: Compiler | None = None
     torch: Torch | None = None
-    nvcc: str | None = None
+    nvcc_problem: str | None = None
+    nvcc: Nvcc | None = None
     cuda_sources: tuple[str, ...] = ()
 
 
-def look_around(environ: Mapping[str, str], root: Path) -> Facts:
-    """All the facts for the source tree at `root`. Raises nothing: a lack is a fact as well."""
+def look_around(environ: Mapping[str, str], root: Path, cuda: str = "auto") -> Facts:
+    """All the facts for the source tree at `root`. Raises nothing: a lack is a fact as well.
+
+    `cuda`: what FASTTRANSFER_CUDA asks for; nvcc is looked for, and tried, only where it would be used.
+    """
     compiler, compiler_problem = find_compiler(environ)
     torch, torch_problem = find_torch()
+    cuda_sources = tuple(sorted(str(path.relative_to(root)) for path in root.glob("csrc/cuda/*.cu")))
+    nvcc, nvcc_problem = None, None
+    if cuda_sources and compiler and torch and (cuda == "1" or (cuda == "auto" and torch.cuda)):
+        nvcc, nvcc_problem = find_nvcc(environ, host_of(compiler.command))
     missing = [name for name in ("ninja", "pybind11") if find_spec(name) is None]
     linux = sys.platform == "linux"
     return Facts(
@@ -81,8 +91,9 @@ def look_around(environ: Mapping[str, str], root: Path) -> Facts:
         torch_problem=torch_problem,
         compiler=compiler,
         torch=torch,
-        nvcc=find_nvcc(environ),
-        cuda_sources=tuple(sorted(str(path.relative_to(root)) for path in root.glob("csrc/cuda/*.cu"))),
+        nvcc_problem=nvcc_problem,
+        nvcc=nvcc,
+        cuda_sources=cuda_sources,
     )
 
 
@@ -155,11 +166,3 @@ def find_torch() -> tuple[Torch | None, str | None]:
     if not (root / "include/torch/csrc/stable/library.h").is_file():
         return torch, f"torch {torch.version} in {root} comes without its C++ headers"
     return torch, None
-
-
-def find_nvcc(environ: Mapping[str, str]) -> str | None:
-    """The path of nvcc. CUDA_HOME or CUDA_PATH, where set, is the only place that is looked at."""
-    for name in ("CUDA_HOME", "CUDA_PATH"):
-        if environ.get(name):
-            return shutil.which("nvcc", path=os.path.join(environ[name], "bin"))
-    return shutil.which("nvcc", path=environ.get("PATH")) or shutil.which("nvcc", path="/usr/local/cuda/bin")

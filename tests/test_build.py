@@ -18,18 +18,23 @@ import fasttransfer
 from build_tools import compile as native
 from build_tools import decide, probe, weak_symbols
 from build_tools.decide import BuildError, Plan
+from build_tools.ninja_file import jobs
+from build_tools.nvcc import Nvcc
 from build_tools.probe import Compiler, Facts, Torch
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU_TORCH = Torch("2.13.0+cpu", None, Path("/torch"))
 CUDA_TORCH = Torch("2.13.0+cu130", "13.0", Path("/torch"))
 GXX = Compiler(("g++",), "g++ 12.2.0", ("baseline", "avx2", "avx512"))
+NVCC = Nvcc(
+    "/cuda/bin/nvcc", "13.0", ("7.5", "8.0", "9.0", "10.0", "12.0"), "/cuda/lib/libcudart_static.a", "g++"
+)
 
 # A machine that has everything; each test takes something away.
 EVERYTHING = Facts(
     compiler=GXX,
     torch=CUDA_TORCH,
-    nvcc="/usr/local/cuda/bin/nvcc",
+    nvcc=NVCC,
     cuda_sources=("csrc/cuda/kd.cu",),
 )
 PROBLEMS = ["sources_problem", "platform_problem", "compiler_problem", "tools_problem", "torch_problem"]
@@ -69,36 +74,6 @@ def test_native_0_builds_nothing():
     assert "FASTTRANSFER_NATIVE=0" in decision.reason
 
 
-# --------------------------------------------------------------------------------------- FASTTRANSFER_CUDA
-
-
-@pytest.mark.parametrize(
-    ("requested", "change", "built"),
-    [
-        ("auto", {}, True),
-        ("1", {}, True),
-        ("0", {}, False),
-        ("auto", {"torch": CPU_TORCH}, False),
-        ("1", {"torch": CPU_TORCH}, True),  # wheels and compile checks on machines without a CUDA torch
-        ("auto", {"nvcc": None}, False),
-        ("auto", {"cuda_sources": ()}, False),
-    ],
-)
-def test_cuda_decision(requested, change, built):
-    decision = decide.decide_cuda(requested, replace(EVERYTHING, **change))
-    assert decision.build is built
-    assert decision.reason
-
-
-@pytest.mark.parametrize(
-    ("change", "why"),
-    [({"nvcc": None}, "nvcc was not found"), ({"cuda_sources": ()}, "this version has no CUDA sources")],
-)
-def test_cuda_1_fails_and_says_why(change, why):
-    with pytest.raises(BuildError, match=f"FASTTRANSFER_CUDA=1 .*{why}"):
-        decide.decide_cuda("1", replace(EVERYTHING, **change))
-
-
 # -------------------------------------------------------------------------------------------- environment
 
 
@@ -127,13 +102,13 @@ def test_setup_py_fails_clearly():
 
 @pytest.mark.parametrize(("given", "arguments"), [("", []), ("3", ["-j", "3"])])
 def test_max_jobs(given, arguments):
-    assert native.jobs({"MAX_JOBS": given}) == arguments
+    assert jobs({"MAX_JOBS": given}) == arguments
 
 
 @pytest.mark.parametrize("given", ["0", "-1", "many"])
 def test_bad_max_jobs(given):
     with pytest.raises(BuildError, match=f"MAX_JOBS='{given}'"):
-        native.jobs({"MAX_JOBS": given})
+        jobs({"MAX_JOBS": given})
 
 
 # -------------------------------------------------------------------------------------------------- facts
@@ -241,6 +216,7 @@ def test_record_agrees_with_what_is_installed():
     assert record["version"] == importlib.metadata.version("fasttransfer")
     assert record["native"] is (importlib.util.find_spec("fasttransfer._C") is not None)
     assert ("baseline" in record["levels"]) is record["native"]
+    assert Path(fasttransfer.__file__).with_name("_cuda.so").is_file() is record["cuda"]
 
 
 @pytest.mark.skipif(
@@ -257,7 +233,7 @@ def test_record_agrees_with_what_is_loaded():
 def test_import_says_that_the_native_part_is_missing(requested, warns, tmp_path):
     """pip hides what a build prints, so a fallback that nobody asked for is said at import."""
     package = Path(fasttransfer.__file__).parent
-    shutil.copytree(package, tmp_path / "fasttransfer", ignore=shutil.ignore_patterns("_C.*", "__pycache__"))
+    shutil.copytree(package, tmp_path / "fasttransfer", ignore=shutil.ignore_patterns("_*.so", "__pycache__"))
     record = installed_record() | {
         "native": False,
         "native_reason": "no C++ compiler was found",
