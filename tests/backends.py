@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pytest
 import torch
 
 import fasttransfer
+from tests.simt import build, library
 
 SIMD_LEVELS = ("avx512", "avx2", "baseline")
-# The suite runs on each of these. `simt` (the CUDA kernels on the CPU) and `cuda` join with the kernels of csrc/cuda:
-# the rest of this file and the tests are ready for them. Until then tests/test_backends.py says that they are absent.
-BACKENDS = ("reference", *(f"cpu-{level}" for level in SIMD_LEVELS))
-LATER = ("simt", "cuda")
+# The suite runs on each of these. `simt`: the kernels of csrc/cuda, run on the CPU by tests/simt.
+BACKENDS = ("reference", *(f"cpu-{level}" for level in SIMD_LEVELS), "simt", "cuda")
 
 
 def default_backend() -> str:
@@ -36,7 +36,7 @@ def why_not(backend: str) -> str | None:
             return f"no CUDA kernels: {info['cuda_reason']}"
         return None if torch.cuda.is_available() else "torch finds no CUDA device"
     if backend == "simt":
-        return f"no kernels of csrc/cuda to run: {info['cuda_reason']}"
+        return build.why_not()
     if not info["cpu_kernels"]:
         return f"no native CPU kernels: {info['cpu_reason']}"
     level = backend.removeprefix("cpu-")
@@ -52,6 +52,10 @@ def running(backend: str) -> Iterator[None]:
     """Within the context the operations run on `backend`, and tensors are created on its device."""
     if backend == "reference":
         with fasttransfer.use_backend("reference"):
+            yield
+    elif backend == "simt":
+        # Built when first used. What does not compile is an error, not a reason to skip.
+        with library.swapped_in(missing=pytest.skip):
             yield
     elif backend == "cuda":
         with torch.device("cuda"):

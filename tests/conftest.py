@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import fasttransfer
-from tests.backends import BACKENDS, LATER, default_backend, running, why_not
+from tests.backends import BACKENDS, default_backend, running, why_not
 
 # The same examples in every run, and no deadline: a shared CI machine may stall for a second. All examples of a test
 # run on its one `backend`, as they should.
@@ -34,7 +34,7 @@ def seed():
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
-    """The test runs once per backend: pure torch, each SIMD level. Its name."""
+    """The test runs once per backend: pure torch, each SIMD level, the CUDA kernels on the CPU, a GPU. Its name."""
     reason = why_not(request.param)
     if reason:
         pytest.skip(reason)
@@ -60,7 +60,7 @@ def threads(request):
 
 def pytest_report_header():
     info = fasttransfer.build_info()
-    reasons = {name: why_not(name) for name in (*BACKENDS, *LATER)}
+    reasons = {name: why_not(name) for name in BACKENDS}
     present = ", ".join(name for name, reason in reasons.items() if not reason)
     return [
         f"fasttransfer {info['version']}, torch {info['torch']}, {os.cpu_count()} cores, backends: {present}",

@@ -1,0 +1,1 @@
+"""The kernels of csrc/cuda on the CPU: see README.md."""

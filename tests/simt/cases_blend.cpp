@@ -1,0 +1,191 @@
+// The kernels of cuda/blend.cuh on lists that reach each way of reading, any number of sources, coefficients that the
+// host knows and ones in device memory, zeros among them, and outputs that are an operand's memory.
+#include "cuda/blend.cuh"
+#include "simt/cases.h"
+
+namespace {
+
+using namespace ft;
+using namespace ft::cases;
+using lists::BlendCall;
+using lists::BlendCoefs;
+using lists::BlendItem;
+using lists::BlendTerm;
+using lists::Items;
+using lists::Run;
+using lists::Scalar;
+using lists::Slice;
+
+struct Spec {
+  std::vector<DType> types;  // of the target, then of the sources
+  DType out;
+  int64_t n;
+  std::vector<int> offsets;  // of the output, the target, the sources; repeated where too short
+  bool in_place = false;     // the output is the target's memory
+
+  int offset(size_t i) const { return offsets[i % offsets.size()]; }
+};
+
+enum class Known { kAll, kAlphaInMemory, kBothInMemory, kBothInDouble, kScaleInMemory };
+
+// alpha target + scale sum_j weights[j] source_j
+struct Mix {
+  double alpha, scale;
+  std::vector<double> weights;
+};
+
+struct Operands {
+  std::unique_ptr<Buffer> out;  // null: in place
+  std::vector<std::unique_ptr<Buffer>> terms;
+  std::vector<std::vector<double>> before;
+  Buffer& result() { return out ? *out : *terms[0]; }
+};
+
+std::string text_of(const Spec& s, const Mix& mix, Known known) {
+  std::string text = "blend ";
+  for (DType t : s.types) text += std::string(cases::name_of(t)) + " ";
+  return text + "to " + cases::name_of(s.out) + " n=" + std::to_string(s.n) + " alpha " + std::to_string(mix.alpha) +
+         " scale " + std::to_string(mix.scale) + " known " + std::to_string(int(known));
+}
+
+// As cuda/blend.cu orders the terms of coefficients that are known: the largest first, zeros left out.
+void order(std::vector<BlendTerm>& terms) {
+  const auto larger = [](const BlendTerm& a, const BlendTerm& b) { return std::fabs(a.coef) < std::fabs(b.coef); };
+  std::swap(terms[0], *std::max_element(terms.begin(), terms.end(), larger));
+  terms.erase(std::remove_if(terms.begin() + 1, terms.end(), [](const BlendTerm& t) { return t.coef == 0; }),
+              terms.end());
+}
+
+void run(const std::vector<Spec>& specs, const Mix& mix, Known known, int few_blocks = 0) {
+  Random random(specs.size() * 31 + specs[0].n + int(known));
+  const size_t k = mix.weights.size();
+  const bool in_memory = known != Known::kAll;
+  const DType coef_type = known == Known::kBothInDouble ? DType::kFloat64 : DType::kFloat32;
+  const int64_t count = int64_t(specs.size());
+  // Alpha per target, the scale one for all.
+  Buffer alphas(coef_type, count), scales(coef_type, 1);
+  for (int64_t i = 0; i < count; ++i) alphas.set(i, mix.alpha);
+  scales.set(0, mix.scale);
+  double sum = mix.alpha;
+  for (double w : mix.weights) sum += mix.scale * w;
+
+  std::vector<Operands> list;
+  Items items(lists::blend_stride(int64_t(k) + 1), specs.size());
+  for (int64_t i = 0; i < count; ++i) {
+    const Spec& s = specs[i];
+    Operands o;
+    if (!s.in_place) o.out = std::make_unique<Buffer>(s.out, s.n, s.offset(0));
+    std::vector<BlendTerm> terms;
+    std::vector<Run> runs;
+    for (size_t j = 0; j <= k; ++j) {
+      o.terms.push_back(std::make_unique<Buffer>(s.types[j % s.types.size()], s.n, s.offset(j + 1)));
+      Buffer& b = *o.terms.back();
+      const double weight = j == 0 ? 1 : mix.weights[j - 1], coef = weight * (j == 0 ? mix.alpha : mix.scale);
+      if (coef != 0) b.fill(random, 1);  // else NaN, which must not be read
+      o.before.emplace_back(s.n);
+      for (int64_t e = 0; e < s.n; ++e) o.before.back()[e] = coef != 0 ? b.get(e) : 0;
+      // In memory: what a value of BlendCoefs is multiplied by, or the coefficient itself where it has none.
+      const double alpha = known == Known::kScaleInMemory ? mix.alpha : 0;
+      terms.push_back({b.data(), in_memory ? j == 0 ? alpha : weight : coef, b.dtype()});
+    }
+    if (!in_memory) order(terms);
+    BlendItem item = {};
+    item.out = o.result().data();
+    item.index = int32_t(i);
+    item.out_type = uint8_t(o.result().dtype());
+    item.terms = uint16_t(terms.size());
+    item.convex = std::fabs(sum - 1) < 1e-12;
+    runs.push_back({item.out, o.result().dtype()});
+    for (const BlendTerm& t : terms) runs.push_back({t.data, t.dtype});
+    lists::choose_way(item, runs.data(), runs.size(), s.n);
+    unsigned char* const at = items.add();
+    std::memcpy(at, &item, sizeof item);
+    std::memcpy(at + sizeof item, terms.data(), terms.size() * sizeof(BlendTerm));
+    list.push_back(std::move(o));
+  }
+  BlendCoefs coefs = {};
+  const bool is_double = coef_type == DType::kFloat64;
+  if (in_memory && known != Known::kScaleInMemory) {
+    coefs.alpha = {alphas.data(), 0, is_double};
+    coefs.alpha_stride = 1;
+  }
+  if (known == Known::kAlphaInMemory) coefs.complementary = true;
+  if (in_memory && known != Known::kAlphaInMemory) coefs.scale = {scales.data(), 0, is_double};
+  const std::vector<Slice> slices = items.cut();
+  if (few_blocks) {
+    lists::with_table_size(items, slices[0], [&](auto bytes) {
+      BlendCall<bytes()> call;
+      call.coefs = coefs;
+      items.copy(slices[0], call.table);
+      device::launch(lists::blend_kernel<bytes()>, {few_blocks, lists::kThreads}, {}, call);
+    });
+  } else {
+    lists::launch_blend(items, slices, coefs, {});
+  }
+
+  for (int64_t i = 0; i < count; ++i) {
+    const Spec& s = specs[i];
+    Operands& o = list[i];
+    const std::string text = text_of(s, mix, known);
+    bool in_double = s.out == DType::kFloat64;
+    for (DType t : s.types) in_double = in_double || t == DType::kFloat64;
+    const double unit = roundoff(in_double ? DType::kFloat64 : DType::kFloat32);
+    for (int64_t e = 0; e < s.n; ++e) {
+      double exact = 0, size = 0;
+      for (size_t j = 0; j <= k; ++j) {
+        const double coef = j == 0 ? mix.alpha : mix.scale * mix.weights[j - 1];
+        exact += coef * o.before[j][e];
+        size += std::max(1.0, std::fabs(coef)) * std::fabs(o.before[j][e]);
+      }
+      expect_rounded(o.result(), e, exact, (4.0 + double(k)) * unit * size, text);
+    }
+    expect(o.result().intact(), text + ": memory beside it");
+  }
+}
+
+void all(const char*) {
+  constexpr DType kTypes[] = {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16};
+  const Mix two = {0.75, 0.25, {1}}, sum = {1, 1, {1}}, three = {0.25, 0.75, {0.5, 0.5}};
+  const Mix five = {0.5, 0.5, {0.25, 0.125, 0.375, 0.25}}, gaps = {0.125, 0.875, {0, 0.25, 0, 0.75, 0}};
+  const Mix last = {0, 1, {0, 0, 1}}, keep = {1, 0, {1, 1}}, nothing = {0, 0, {1, 1}}, minus = {1.5, -0.5, {1}};
+  std::vector<Spec> list;
+  for (DType t : kTypes) {
+    for (int64_t n : {1, 2, 3, 7, 8, 9, 31, 33, 1000}) {
+      for (int offset : {0, 1, 3}) list.push_back({{t}, t, n, {offset}, n % 2 == 0});
+    }
+  }
+  for (const Mix& mix : {two, sum, three, five, gaps, last, keep, minus, nothing}) run(list, mix, Known::kAll);
+  run(list, three, Known::kAll, 5);  // blocks take several chunks
+  for (const Mix& mix : {two, three, gaps, last, keep}) run(list, mix, Known::kAlphaInMemory);
+  for (const Mix& mix : {two, sum, gaps, minus, nothing}) run(list, mix, Known::kBothInMemory);
+  run(list, five, Known::kBothInDouble);
+  run(list, five, Known::kScaleInMemory, 3);
+
+  list.clear();
+  for (DType a : kTypes) {
+    for (DType b : kTypes) {
+      for (DType out : kTypes) {
+        list.push_back({{a, b}, out, 77, {0}});
+        list.push_back({{a, b}, out, 45, {1}});
+        list.push_back({{a, b}, out, 300, {0, 1, 2}});
+      }
+    }
+  }
+  run(list, two, Known::kAll);
+  run(list, five, Known::kAlphaInMemory);
+
+  const int64_t chunk = lists::kChunk;
+  list.clear();
+  for (DType t : kTypes) {
+    for (int64_t n : {chunk - 1, chunk, chunk + 1, 2 * chunk + 5}) list.push_back({{t}, t, n, {int(n % 3)}});
+  }
+  run(list, two, Known::kAll);
+  list.clear();
+  for (int i = 0; i < 1200; ++i) list.push_back({{DType::kFloat32}, DType::kFloat32, 1 + i % 3, {0}});
+  run(list, three, Known::kAll);
+}
+
+}  // namespace
+
+// One machine: the list is cut alike for all.
+int main(int count, char** arguments) { return main_of(count, arguments, {"sm_90"}, all); }
