@@ -372,11 +372,10 @@ def _add_grad_(selected: _Selection, grad_scale: float | Tensor | None) -> Tenso
                 f"{selected.label(name)} is not a leaf: it keeps no .grad to add to. Use l2sp_penalty"
             )
         g = p.grad
-        if g is not None:
-            if g.layout is not torch.strided:
-                raise TypeError(
-                    f"the gradient of {selected.label(name)} must be dense (strided), got layout {g.layout}"
-                )
+        if g is not None and g.layout is not torch.strided:
+            raise TypeError(
+                f"the gradient of {selected.label(name)} must be dense (strided), got layout {g.layout}"
+            )
         grads.append(torch.empty_like(p) if g is None else g)
         accumulate.append(int(g is not None))
     if not torch.compiler.is_compiling():
