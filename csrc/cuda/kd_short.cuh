@@ -140,11 +140,12 @@ FT_KERNEL void FT_BOUNDS(kShortThreads, kElements == 8 ? 5 : 3) kd_short_kernel(
     const int64_t i = first + lane() / lanes;
     const bool here = i < call.rows;
     KdRow options = {1, 0, 0, 0};
-    double logit = 0;
+    float logit = 0;
     if (here && lane_of_row == 0) {
       options = read_row(call, i);
       const S* const s = call.student.row<S>(i);
-      logit = label_logit(call, options, [&](int64_t v) { return widen(load(s + v * call.student.column_stride)); });
+      logit = float(
+          label_logit(call, options, [&](int64_t v) { return widen(load(s + v * call.student.column_stride)); }));
     }
     options = row_of(options, lane() - lane_of_row);
     const bool counted = options.counted();
@@ -175,21 +176,22 @@ FT_KERNEL void FT_BOUNDS(kShortThreads, kElements == 8 ? 5 : 3) kd_short_kernel(
       }
     }
     top = {top_over(lanes, top.s), top_over(lanes, top.t)};
-    bool care = counted && (m.smooth || !(top.s > kNoColumn) || (m.teacher && !(top.t > kNoColumn)));
-    care = ballot(kAllLanes, care) != 0;
-    if (care) {
-      top = {neg_inf<float>(), neg_inf<float>()};
+    // Of this row: its neighbours in the warp are not to change its roundings.
+    const bool care = counted && (m.smooth || !(top.s > kNoColumn) || (m.teacher && !(top.t > kNoColumn)));
+    if (ballot(kAllLanes, care) != 0) {
+      Refs<float> real = {neg_inf<float>(), neg_inf<float>()};
 #pragma unroll
       for (int q = 0; q < Q; ++q) {
         const int n = row.count(q);
 #pragma unroll
         for (int l = 0; l < N; ++l) {
           if (l >= n) continue;
-          top.s = higher(top.s, s[q][l]);
-          top.t = higher(top.t, t[q][l]);
+          real.s = higher(real.s, s[q][l]);
+          real.t = higher(real.t, t[q][l]);
         }
       }
-      top = {top_over(lanes, top.s), top_over(lanes, top.t)};
+      real = {top_over(lanes, real.s), top_over(lanes, real.t)};
+      if (care) top = real;
     }
     const Refs<float> ref = {reference(top.s), reference(top.t)};
     Sums<float> sums = {};
