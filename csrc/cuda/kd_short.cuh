@@ -126,8 +126,14 @@ FT_DEVICE void write_short(const KdCall& call, S* grad, bool vector_grad, const 
   }
 }
 
+// Blocks per multiprocessor: one more of each, and some architecture spills.
 template <class S, int kElements>
-FT_KERNEL void FT_BOUNDS(kShortThreads, kElements == 8 ? 5 : 3) kd_short_kernel(FT_PARAMS(KdShortCall) params) {
+inline constexpr int kShortBlocks = kElements == 8   ? 4
+                                    : sizeof(S) == 4 ? 2
+                                                     : 3;
+
+template <class S, int kElements>
+FT_KERNEL void FT_BOUNDS(kShortThreads, (kShortBlocks<S, kElements>)) kd_short_kernel(FT_PARAMS(KdShortCall) params) {
   constexpr int N = kLanes<S>, Q = kElements / N;
   const KdCall& call = params.call;
   const int lanes = params.lanes, rows_of_warp = kWarp / lanes, lane_of_row = lane() % lanes;
