@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -28,6 +29,14 @@ def sanitizer(request):
 @pytest.mark.parametrize("name", CASES)
 def test_every_path_of_the_kernels(name, sanitizer):
     """Buffers of exact size; results against double; threads and blocks from the first and from the last."""
+    if name == "cases_kd" and sanitizer != "plain":
+        pytest.skip("the programs of the single paths cover its kernels, and compile in half the time")
+    if (
+        name.startswith("cases_kd")
+        and sanitizer != "plain"
+        and not os.environ.get("FASTTRANSFER_SANITIZE_KD")
+    ):
+        pytest.skip("not part of CI yet: minutes of compiling; FASTTRANSFER_SANITIZE_KD=1 runs it")
     status, output = run(build.program(name, sanitizer))
     assert status == 0, output[-4000:]
     assert "checks, 0 failures" in output
