@@ -28,7 +28,8 @@ def padded(t, columns):
 
 
 def assert_same(backend, actual, expected):
-    if backend == "reference":
+    """To the last bit on the CPU; the CUDA kernels cut a row into vectors by its address, so sums differ in order."""
+    if backend in ("reference", "simt", "cuda"):
         oracle.assert_norm_close(actual, expected)
     else:
         assert torch.equal(actual, expected)
@@ -253,4 +254,7 @@ def test_a_gradient_stored_around_the_cache(backend, dtype):
     for i in (0, 1, 2, 17, rows - 1):
         row = student[i : i + 1].clone().requires_grad_()
         kd_loss(row, teacher[i : i + 1], temperature=2.0, reduction="sum").backward()
-        assert torch.equal(leaf.grad[i], row.grad[0])
+        _, exact = oracle.kd(student[i : i + 1], teacher[i : i + 1], temperature=2.0, reduction="sum")
+        oracle.assert_norm_close(leaf.grad[i : i + 1], exact)
+        if backend.startswith("cpu"):
+            assert torch.equal(leaf.grad[i], row.grad[0])
