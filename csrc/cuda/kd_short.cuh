@@ -211,6 +211,8 @@ FT_KERNEL void FT_BOUNDS(kShortThreads, (kShortBlocks<S, kElements>)) kd_short_k
       continue;
     }
     const RowStat<double> stat = stat_of(totals, m, top.s, top.t, call.columns);
+    // Before the gradient: the statistic then needs no registers beside it.
+    if (lane_of_row == 0) store_results(call, i, options, m, stat, logit);
     if (grad) {
       const Factors factors = factors_of(call, options, m, stat);
       if (factors.valid) {
@@ -220,7 +222,6 @@ FT_KERNEL void FT_BOUNDS(kShortThreads, (kShortBlocks<S, kElements>)) kd_short_k
       }
       fill_columns(grad, call.grad.column_stride, call.columns, call.grad_columns, 0.0f, lane_of_row, lanes);
     }
-    if (lane_of_row == 0) store_results(call, i, options, m, stat, logit);
   }
 }
 

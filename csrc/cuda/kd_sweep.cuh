@@ -15,7 +15,7 @@
 namespace ft::distill {
 
 inline constexpr int kSweepThreads = 512;
-inline constexpr int kAnyThreads = 512;
+inline constexpr int kAnyThreads = 256;
 inline constexpr int kSweepAtOnce = 2;  // vectors per side in flight: 16k columns per step of a block in 16 bits
 inline constexpr int kAnyAtOnce = 4;    // logits per side
 
