@@ -275,12 +275,18 @@ def test_inference_tensors_as_constants(backend, batch):
     assert torch.equal(grad, expected[1])
 
 
-def test_teacher_gradient_is_refused_where_it_would_be_dropped(backend, batch):
+def test_teacher_gets_a_gradient_where_it_requires_one(backend, batch):
     s, t, _ = batch
-    with pytest.raises(ValueError, match="teacher_logits requires grad"):
-        kd_loss(s.requires_grad_(), t.requires_grad_())
+    expected = kd_and_grad(s, t)
+    s, t = s.clone().requires_grad_(), t.clone().requires_grad_()
+    loss = kd_loss(s, t)
+    loss.backward()
+    oracle.assert_norm_close(loss, expected[0])
+    oracle.assert_norm_close(s.grad, expected[1])
+    assert t.grad.isfinite().all()
+    assert t.grad.any()
     with torch.no_grad():
-        kd_loss(s, t)
+        assert not kd_loss(s, t).requires_grad
 
 
 def test_hooks_see_the_gradient(backend, batch):

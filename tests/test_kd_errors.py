@@ -288,8 +288,8 @@ def test_options_are_keywords():
         kd_loss(s, t, Y, 2.0)
     with pytest.raises(TypeError, match="positional"):
         KDLoss(2.0)
-    with pytest.raises(TypeError, match="divergence"):
-        kd_loss(s, t, divergence="reverse_kl")  # absent until it is implemented, not ignored
+    with pytest.raises(TypeError, match="group_size"):
+        kd_loss(s, t, group_size=2)
 
 
 def test_constants_that_require_grad_are_taken_without_grad_mode():

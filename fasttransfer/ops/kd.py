@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fasttransfer.ops.library import accumulator, compute_dtype, define
 
-_ROW_OPTIONS = (
+ROW_OPTIONS = (
     "Tensor? labels, Tensor? row_weight, Tensor? row_temperature, Tensor? num_items, float[] num_items_constant, "
     "float temperature, float label_weight, float label_smoothing, int ignore_index, bool distill_ignored, "
     "int vocab_size, str reduction, bool scale_by_t2"
@@ -29,7 +29,7 @@ _CHUNK_LOGITS = 1 << 20
 
 
 # --------------------------------------------------------------------------------------------- pure torch
-def _half_scale(bound: Tensor) -> Tensor:
+def half_scale(bound: Tensor) -> Tensor:
     """Per row, the power of two that brings a gradient of at most ``bound`` near the top of fp16."""
     exponent = torch.frexp(bound.float()).exponent
     k = torch.where((bound > 0) & torch.isfinite(bound), (14 - exponent).clamp(-100, 100), 0)
@@ -100,7 +100,7 @@ def _kd_rows(
     return loss, grad
 
 
-def _weights(
+def row_weights(
     rows: int,
     first_dimension: int,
     like: Tensor,
@@ -173,7 +173,7 @@ def _reference(
     compute = compute_dtype(student, teacher)
     leading = student.shape[:-1]
     rows = leading.numel()
-    t, kd_weight, ce_weight = _weights(
+    t, kd_weight, ce_weight = row_weights(
         rows, leading[0] if leading else 1, student, labels, row_weight, row_temperature, num_items,
         num_items_constant, temperature, label_weight, ignore_index, distill_ignored, reduction, scale_by_t2,
     )  # fmt: skip
@@ -183,7 +183,7 @@ def _reference(
     losses = torch.zeros(rows, dtype=t.dtype, device=student.device)
     distills = labels is None or label_weight != 1
 
-    for part in _chunks(leading, student.shape[-1]):
+    for part in chunks(leading, student.shape[-1]):
         index, flat = part
         s = student[index][..., :vocab_size].reshape(-1, vocab_size).to(compute)
         q = teacher[index][..., :vocab_size].reshape(-1, vocab_size).to(compute) if distills else None
@@ -200,7 +200,7 @@ def _reference(
             continue
         if half:
             bound = kd_w / t[flat] if ce_w is None else kd_w / t[flat] + ce_w
-            up = _half_scale(bound)
+            up = half_scale(bound)
             g = g * up[:, None]
             scale[flat] = 1 / up
         out = grad[index]
@@ -210,7 +210,7 @@ def _reference(
     return (losses.reshape(leading) if reduction == "none" else losses.sum()).to(compute), scale
 
 
-def _chunks(leading: torch.Size, width: int) -> Any:
+def chunks(leading: torch.Size, width: int) -> Any:
     """Pairs (index into the leading dimensions, slice of the flattened rows), about _CHUNK_LOGITS logits each.
 
     Indexing keeps views (``logits[:, :-1]``) views; only one chunk at a time is copied and converted.
@@ -226,7 +226,7 @@ def _chunks(leading: torch.Size, width: int) -> Any:
             yield (slice(i, i + n),), slice(i * inner, (i + n) * inner)
         return
     for i in range(leading[0]):
-        for index, flat in _chunks(leading[1:], width):
+        for index, flat in chunks(leading[1:], width):
             yield (i, *index), slice(i * inner + flat.start, i * inner + flat.stop)
 
 
@@ -282,13 +282,13 @@ def _kd_fake_(student: Tensor, teacher: Tensor, *args: Any) -> tuple[Tensor, Ten
 
 kd_op = define(
     "kd",
-    f"(Tensor student, Tensor teacher, {_ROW_OPTIONS}, bool want_grad) -> (Tensor, Tensor, Tensor)",
+    f"(Tensor student, Tensor teacher, {ROW_OPTIONS}, bool want_grad) -> (Tensor, Tensor, Tensor)",
     _kd_reference,
     _kd_fake,
 )
 kd_inplace_op = define(
     "kd_",
-    f"(Tensor(a!) student, Tensor teacher, {_ROW_OPTIONS}) -> (Tensor, Tensor)",
+    f"(Tensor(a!) student, Tensor teacher, {ROW_OPTIONS}) -> (Tensor, Tensor)",
     _kd_reference_,
     _kd_fake_,
     mutates=[0],
@@ -313,7 +313,7 @@ kd_scale_inplace_op = define(
 _keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
-def _apply_upstream(grad: Tensor, upstream: Tensor, grad_scale: Tensor, *, shared: bool = False) -> Tensor:
+def apply_upstream(grad: Tensor, upstream: Tensor, grad_scale: Tensor, *, shared: bool = False) -> Tensor:
     """The saved gradient times the upstream one: in place where this backward is the last one, else a new tensor."""
     if torch.compiler.is_compiling() or _keep_graph():
         return kd_scale_op(grad, upstream, grad_scale)
@@ -328,7 +328,8 @@ def _apply_upstream(grad: Tensor, upstream: Tensor, grad_scale: Tensor, *, share
     return grad
 
 
-def _refuse_double_backward() -> None:
+def refuse_double_backward() -> None:
+    """Of a backward that is itself recorded."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
             "kd_loss has no second derivative: its gradient is computed in the forward pass. "
@@ -351,37 +352,36 @@ class KDFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None) -> Any:  # noqa: D102
-        _refuse_double_backward()
+        refuse_double_backward()
         if upstream is None:
             return None, None, None
         grad, grad_scale = ctx.saved_tensors
-        return _apply_upstream(grad, upstream, grad_scale), None, None
+        return apply_upstream(grad, upstream, grad_scale), None, None
 
 
 class KDInplaceFunction(torch.autograd.Function):
     """As KDFunction, but the memory of the student's logits is overwritten with their gradient.
 
-    ``KDInplaceFunction.apply(memory, shape, teacher, options)`` returns ``(loss, memory)``. ``memory`` is the
+    ``KDInplaceFunction.apply(memory, shape, teacher, run)`` returns ``(loss, memory, stats)``. ``memory`` is the
     logits, or the tensor that they view as a whole, and ``shape`` the logits' shape. The overwritten tensor is an
     output, so that a gradient that arrives through it (or through a view of it) shows that it was used again.
+    ``run(logits, teacher, want_teacher_grad)`` overwrites the logits and returns what ``distill_`` does.
     """
 
     @staticmethod
-    def forward(  # noqa: D102
-        ctx: Any, memory: Tensor, shape: torch.Size, teacher: Tensor, options: tuple[Any, ...]
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, memory: Tensor, shape: torch.Size, teacher: Tensor, run: Any) -> Any:  # noqa: D102
         ctx.shape = shape
-        loss, grad_scale = kd_inplace_op(
-            memory if memory.shape == shape else memory.view(shape), teacher, *options
+        loss, grad_scale, teacher_grad, teacher_scale, stats = run(
+            memory if memory.shape == shape else memory.view(shape), teacher, ctx.needs_input_grad[2]
         )
         ctx.mark_dirty(memory)
-        ctx.save_for_backward(memory, grad_scale)
+        ctx.save_for_backward(memory, grad_scale, teacher_grad, teacher_scale)
         ctx.set_materialize_grads(False)
-        return loss, memory
+        return loss, memory, stats
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None, reused: Tensor | None) -> Any:  # noqa: D102
-        _refuse_double_backward()
+    def backward(ctx: Any, upstream: Tensor | None, reused: Tensor | None, _: Tensor | None) -> Any:  # noqa: D102
+        refuse_double_backward()
         if reused is not None:
             raise RuntimeError(
                 "student_logits was overwritten with its gradient by kd_loss(..., inplace=True) and then used again "
@@ -389,9 +389,18 @@ class KDInplaceFunction(torch.autograd.Function):
             )
         if upstream is None:
             return None, None, None, None
-        memory, grad_scale = ctx.saved_tensors
+        memory, grad_scale, teacher_grad, teacher_scale = ctx.saved_tensors
         grad = memory.detach()
+        # The teacher's first: where the upstream gradient is applied in place, the student's is what others see.
+        of_teacher = (
+            apply_upstream(teacher_grad, upstream, teacher_scale) if ctx.needs_input_grad[2] else None
+        )
         if grad.shape == ctx.shape:
-            return _apply_upstream(grad, upstream, grad_scale, shared=True), None, None, None
-        scaled = _apply_upstream(grad.view(ctx.shape), upstream, grad_scale, shared=True)
-        return scaled.view(memory.shape), None, None, None
+            return apply_upstream(grad, upstream, grad_scale, shared=True), None, of_teacher, None
+        scaled = apply_upstream(grad.view(ctx.shape), upstream, grad_scale, shared=True)
+        return scaled.view(memory.shape), None, of_teacher, None
+
+
+def run_inplace(options: tuple[Any, ...]) -> Any:
+    """The ``run`` of KDInplaceFunction for ``kd_`` with these options."""
+    return lambda student, teacher, _: (*kd_inplace_op(student, teacher, *options), None, None, None)

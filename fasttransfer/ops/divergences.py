@@ -1,0 +1,217 @@
+"""The divergences between a student's and a teacher's softmax, row by row, in plain torch.
+
+With ``x = log p`` (student) and ``y = log q`` (teacher), both at temperature T::
+
+    forward_kl   sum q (y - x)
+    reverse_kl   sum p (x - y)
+    jsd          sum beta q (y - m) + (1 - beta) p (x - m),   m = log(beta q + (1 - beta) p)
+    tvd          sum |p - q| / 2
+    decoupled    target_weight KL(b_t || b_s) + nontarget_weight KL(q' || p'):  b = (mass of the label, the rest),
+                 p', q' the softmaxes without the label (Zhao et al. 2022, "Decoupled Knowledge Distillation", eq. 7)
+
+The gradient for the student's logit v is ``p_v (f_v - sum_u p_u f_u)/T`` with f = x - y for reverse KL, ``(1-beta)
+(x - m)`` for jsd, ``sign(p - q)/2`` for tvd; for the teacher's ``q_v (h_v - sum_u q_u h_u)/T`` with h = y - x for
+forward KL, ``beta (y - m)`` for jsd, ``sign(q - p)/2`` for tvd. Of either KL the side behind the bars has (p - q)/T.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Value(NamedTuple):
+    """A divergence per row, and its gradients (None where not wanted)."""
+
+    value: Tensor  # [rows] acc
+    student: Tensor | None  # [rows, V] compute dtype
+    teacher: Tensor | None
+
+
+class Pair(NamedTuple):
+    """Two rows of logits as softmaxes. Differences come from logits: where both agree they do not cancel."""
+
+    ds: Tensor  # [rows, V] logits minus their maximum
+    dt: Tensor
+    es: Tensor  # exp(ds/T)
+    et: Tensor
+    sum_s: Tensor  # [rows] acc
+    sum_t: Tensor
+    temperature: Tensor  # [rows] acc
+
+    @property
+    def p(self) -> Tensor:
+        """The student's probabilities."""
+        return self.es / self.sum_s.to(self.es.dtype)[:, None]
+
+    @property
+    def q(self) -> Tensor:
+        """The teacher's probabilities."""
+        return self.et / self.sum_t.to(self.et.dtype)[:, None]
+
+    def difference(self) -> Tensor:
+        """x - y, 0 where both are -inf."""
+        inv_t = (1 / self.temperature).to(self.ds.dtype)[:, None]
+        log_ratio = torch.log(self.sum_s / self.sum_t).to(self.ds.dtype)[:, None]
+        both = (self.ds == -torch.inf) & (self.dt == -torch.inf)
+        return torch.where(both, 0.0, (self.ds - self.dt) * inv_t - log_ratio)
+
+
+def centred(x: Tensor) -> Tensor:
+    """``x - max x`` per row, with 0 as the reference of a row that is -inf throughout (so that exp gives 0)."""
+    top = x.amax(-1, keepdim=True)
+    return x - top.masked_fill(top == -torch.inf, 0.0)
+
+
+def exp_sum(x: Tensor, acc: torch.dtype) -> tuple[Tensor, Tensor]:
+    """exp(x) and its sum per row."""
+    e = x.exp()
+    return e, e.sum(-1, dtype=acc)
+
+
+def pair_of(s: Tensor, t: Tensor, temperature: Tensor) -> Pair:
+    """The softmaxes of two ``[rows, V]`` at one temperature per row."""
+    inv_t = (1 / temperature).to(s.dtype)[:, None]
+    ds, dt = centred(s), centred(t)
+    es, sum_s = exp_sum(ds * inv_t, temperature.dtype)
+    et, sum_t = exp_sum(dt * inv_t, temperature.dtype)
+    return Pair(ds, dt, es, et, sum_s, sum_t, temperature)
+
+
+def kl_of(pair: Pair) -> Tensor:
+    """KL(q || p) per row, exactly 0 where the rows are the same."""
+    cross = torch.where(pair.et == 0, 0.0, pair.et * (pair.dt - pair.ds)).sum(-1, dtype=pair.sum_t.dtype)
+    return cross / (pair.sum_t * pair.temperature) + torch.log(pair.sum_s / pair.sum_t)
+
+
+def _swapped(pair: Pair) -> Pair:
+    return Pair(pair.dt, pair.ds, pair.et, pair.es, pair.sum_t, pair.sum_s, pair.temperature)
+
+
+def _spread(mass: Tensor, f: Tensor, temperature: Tensor) -> Tensor:
+    """``mass_v (f_v - sum_u mass_u f_u) / T``, mass being a softmax.
+
+    f is taken from its value where the mass is largest. Where nearly all of it is in one place the difference is small
+    beside f, and rounding f would be all that is left of it.
+    """
+    has = mass != 0
+    at = f.gather(-1, mass.argmax(-1, keepdim=True))
+    moved = torch.where(has, f - at, 0.0)
+    mean = (mass * moved).sum(-1, dtype=temperature.dtype)
+    return mass * (moved - mean.to(f.dtype)[:, None]) * (1 / temperature).to(f.dtype)[:, None]
+
+
+def _kl_gradients(
+    pair: Pair, value: Tensor, want_p: bool, want_q: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of KL(q || p) for the logits of p, and for those of q (0 in a row whose value is infinite)."""
+    of_p = (pair.p - pair.q) * (1 / pair.temperature).to(pair.es.dtype)[:, None] if want_p else None
+    of_q = None
+    if want_q:
+        infinite = torch.isposinf(value)[:, None]
+        difference = torch.where((pair.et == 0) | infinite, 0.0, pair.dt - pair.ds)
+        inv_t = (1 / pair.temperature).to(pair.es.dtype)[:, None]
+        of_q = torch.where(infinite, 0.0, _spread(pair.q, difference * inv_t, pair.temperature))
+    return of_p, of_q
+
+
+def forward_kl(pair: Pair, want_s: bool, want_t: bool) -> Value:
+    """KL(q || p)."""
+    value = kl_of(pair)
+    return Value(value, *_kl_gradients(pair, value, want_s, want_t))
+
+
+def reverse_kl(pair: Pair, want_s: bool, want_t: bool) -> Value:
+    """KL(p || q)."""
+    swapped = _swapped(pair)
+    value = kl_of(swapped)
+    of_t, of_s = _kl_gradients(swapped, value, want_t, want_s)
+    return Value(value, of_s, of_t)
+
+
+def jsd(pair: Pair, beta: float, want_s: bool, want_t: bool) -> Value:
+    """The generalized Jensen-Shannon divergence, beta in (0, 1)."""
+    d = pair.difference()
+    # m relative to the larger of x and y: exp of what is at most 0, so nothing overflows, and p = 0 costs nothing.
+    e = torch.expm1(-d.abs())
+    above = d >= 0  # p >= q
+    from_larger = -torch.log1p(torch.where(above, beta * e, (1 - beta) * e))  # x - m or y - m
+    x_m = (1 - beta) * torch.where(above, from_larger, from_larger + d)
+    y_m = beta * torch.where(above, from_larger - d, from_larger)
+    terms = torch.where(pair.es == 0, 0.0, pair.p * x_m) + torch.where(pair.et == 0, 0.0, pair.q * y_m)
+    return Value(
+        terms.sum(-1, dtype=pair.sum_s.dtype),
+        _spread(pair.p, x_m, pair.temperature) if want_s else None,
+        _spread(pair.q, y_m, pair.temperature) if want_t else None,
+    )
+
+
+def tvd(pair: Pair, want_s: bool, want_t: bool) -> Value:
+    """The total variation distance, with 0 as its derivative where p = q."""
+    difference = pair.p - pair.q
+    half = torch.sign(difference) / 2
+    return Value(
+        difference.abs().sum(-1, dtype=pair.sum_s.dtype) / 2,
+        _spread(pair.p, half, pair.temperature) if want_s else None,
+        _spread(pair.q, -half, pair.temperature) if want_t else None,
+    )
+
+
+def _binary_kl(a_t: Tensor, a_s: Tensor) -> Tensor:
+    """KL of (sigmoid(a_t), sigmoid(-a_t)) from that of a_s; 0 * inf = 0."""
+    value = torch.zeros_like(a_t)
+    for sign in (1, -1):
+        mass = torch.sigmoid(sign * a_t)
+        value = value + torch.where(
+            mass == 0, 0.0, mass * (F.logsigmoid(sign * a_t) - F.logsigmoid(sign * a_s))
+        )
+    return torch.where(a_t == a_s, 0.0, value)
+
+
+def decoupled(
+    s: Tensor,
+    t: Tensor,
+    index: Tensor,
+    temperature: Tensor,
+    weights: tuple[float, float],
+    want_s: bool,
+    want_t: bool,
+) -> Value:
+    """Target and non-target parts; ``index [rows, 1]``: the label's column.
+
+    The mass beside the label is a softmax of its own, so that nothing is subtracted from 1: with a_s = x_label - log
+    sum exp of the others, the label's probability is sigmoid(a_s).
+    """
+    acc, dtype = temperature.dtype, s.dtype
+    rest = pair_of(s.scatter(-1, index, -torch.inf), t.scatter(-1, index, -torch.inf), temperature)
+
+    def label_odds(z: Tensor, total: Tensor) -> Tensor:
+        others = z.scatter(-1, index, -torch.inf).amax(-1).to(acc)
+        top = others.masked_fill(others == -torch.inf, 0.0)
+        return (z.gather(-1, index)[:, 0].to(acc) - top) / temperature - torch.log(total)
+
+    a_s, a_t = label_odds(s, rest.sum_s), label_odds(t, rest.sum_t)
+    on_target, on_rest = weights
+    has_rest = rest.sum_t > 0
+    rest_value = torch.where(has_rest, torch.where(rest.sum_s > 0, kl_of(rest), torch.inf), 0.0)
+    value = on_target * _binary_kl(a_t, a_s) + on_rest * rest_value
+    of_rest = _kl_gradients(rest, rest_value, want_s, want_t)
+    p_y, q_y = torch.sigmoid(a_s), torch.sigmoid(a_t)
+    # d KL(b_t || b_s) / d a_s, / d a_t
+    moves = (p_y - q_y, torch.nan_to_num(q_y * torch.sigmoid(-a_t) * (a_t - a_s), 0.0, 0.0, 0.0))
+    gradients: list[Tensor | None] = []
+    for part, move, e, total in zip(
+        of_rest, moves, (rest.es, rest.et), (rest.sum_s, rest.sum_t), strict=True
+    ):
+        if part is None:
+            gradients.append(None)
+            continue
+        move = on_target * move / temperature
+        of_mass = torch.where(total > 0, move / total, 0.0).to(dtype)[:, None]
+        both = has_rest & (rest.sum_s > 0)
+        grad = torch.where(both[:, None], on_rest * part, 0.0) - e * of_mass
+        gradients.append(grad.scatter(-1, index, move.to(dtype)[:, None]))
+    return Value(value, *gradients)
