@@ -5,13 +5,16 @@
 
 from fasttransfer import native as _native
 from fasttransfer.blend import blend, blend_, blend_many, blend_many_
+from fasttransfer.decoupled_kd import DecoupledKDLoss, decoupled_kd_loss
 from fasttransfer.features import Features, extract_features
 from fasttransfer.kd import KDLoss, kd_loss
+from fasttransfer.kd_stats import KDStats
 from fasttransfer.l2sp import L2SP, l2sp_add_grad_, l2sp_penalty, l2sp_prox_
 from fasttransfer.maps import ConvMap, LinearMap
 from fasttransfer.modules import freeze, replace_head, thaw
 from fasttransfer.native import build_info, simd_level, simd_levels, use_backend
 from fasttransfer.search import AlphaSweep, KFoldSearch, kfold_indices, kfold_search, sweep_alpha
+from fasttransfer.topk_kd import TopKKDLoss, topk_kd_loss
 
 _native.load()
 
@@ -19,15 +22,19 @@ __all__ = [
     "L2SP",
     "AlphaSweep",
     "ConvMap",
+    "DecoupledKDLoss",
     "Features",
     "KDLoss",
+    "KDStats",
     "KFoldSearch",
     "LinearMap",
+    "TopKKDLoss",
     "blend",
     "blend_",
     "blend_many",
     "blend_many_",
     "build_info",
+    "decoupled_kd_loss",
     "extract_features",
     "freeze",
     "kd_loss",
@@ -41,5 +48,6 @@ __all__ = [
     "simd_levels",
     "sweep_alpha",
     "thaw",
+    "topk_kd_loss",
     "use_backend",
 ]

@@ -40,6 +40,29 @@ struct KdScale {
   int64_t columns, in_stride, out_stride;
 };
 
+// ------------------------------------------------------------------------------------------- topk_kd
+enum class TopkTail : int { kRenormalize, kZero, kBucket };
+
+struct TopkCall {
+  DType student, values, grad;
+  bool wide_indices;  // int64, else int32
+  TopkTail tail;
+  int64_t entries;                // of the teacher per row, k
+  int64_t columns, grad_columns;  // as in KdCall
+  int64_t student_stride, grad_stride, value_stride, index_stride;
+  double label_smoothing;
+  bool stream;
+};
+
+struct TopkRow {
+  const void* student;  // [grad_columns]
+  const void* values;   // [entries]; null where the distillation term has no weight
+  const void* indices;  // [entries]
+  void* grad;           // the rest is as in KdRow
+  double inv_t, kd_weight, label_weight;
+  int64_t label;
+};
+
 // ---------------------------------------------------------------------------------------------- l2sp
 // A run of one parameter: n elements that lie one after the other in every operand.
 struct L2spRun {
@@ -74,6 +97,9 @@ struct Kernels {
   KdRowLoss (*kd_row_double)(const KdCall&, const KdRow&, void* scratch);
   int64_t (*kd_scratch_bytes)(int64_t columns, bool is_double);  // for one thread
   void (*kd_scale_row)(const KdScale&, const void* in, void* out, double factor);
+  KdRowLoss (*topk_row_float)(const TopkCall&, const TopkRow&, void* scratch);
+  KdRowLoss (*topk_row_double)(const TopkCall&, const TopkRow&, void* scratch);
+  int64_t (*topk_scratch_bytes)(int64_t columns, int64_t entries, bool is_double);  // for one thread
   double (*l2sp_run_float)(const L2spRun&);
   double (*l2sp_run_double)(const L2spRun&);
   void (*blend_run_float)(const BlendRun&);

@@ -5,6 +5,7 @@
 #include "cpu/kd.h"
 #include "cpu/kernels.h"
 #include "cpu/l2sp.h"
+#include "cpu/topk_kd.h"
 
 #define FT_STRING_(x) #x
 #define FT_STRING(x) FT_STRING_(x)
@@ -18,6 +19,9 @@ const Kernels table = {
     .kd_row_double = kd_row<double, ForwardKL>,
     .kd_scratch_bytes = kd_scratch_bytes,
     .kd_scale_row = kd_scale_row,
+    .topk_row_float = topk_row<float>,
+    .topk_row_double = topk_row<double>,
+    .topk_scratch_bytes = topk_scratch_bytes,
     .l2sp_run_float = l2sp_run<float>,
     .l2sp_run_double = l2sp_run<double>,
     .blend_run_float = blend_run<float>,
