@@ -6,6 +6,7 @@
 from fasttransfer import native as _native
 from fasttransfer.blend import blend, blend_, blend_many, blend_many_
 from fasttransfer.decoupled_kd import DecoupledKDLoss, decoupled_kd_loss
+from fasttransfer.ema import EMA
 from fasttransfer.features import Features, extract_features
 from fasttransfer.kd import KDLoss, kd_loss
 from fasttransfer.kd_stats import KDStats
@@ -19,6 +20,7 @@ from fasttransfer.topk_kd import TopKKDLoss, topk_kd_loss
 _native.load()
 
 __all__ = [
+    "EMA",
     "L2SP",
     "AlphaSweep",
     "ConvMap",

@@ -21,6 +21,7 @@ from fasttransfer.memory import written_once
 from fasttransfer.names import Tensors, check_patterns, collect, match, matches
 from fasttransfer.ops.blend import blend_inplace_op
 from fasttransfer.ops.l2sp import L2SPFunction, difference, l2sp_add_grad_op, l2sp_value_op
+from fasttransfer.tensor_tree import TensorTree, split_name
 
 
 def l2sp_penalty(params: Tensors, start: Tensors, strength: float) -> Tensor:
@@ -190,8 +191,8 @@ class L2SP(nn.Module):
         points = _start_points(old, aliases, start)
         # In a tuple: registered, the model's parameters would be in this module's state_dict and moved by its .to().
         self._model = (model,)
-        self._paths = [(name, *_split(name)) for name in params]
-        self.start = _StartPoints(points)
+        self._paths = [(name, *split_name(name)) for name in params]
+        self.start = TensorTree(points, "start points")
         self.new_names = tuple(name for name in params if name not in points)
 
     def forward(self) -> Tensor:
@@ -209,7 +210,7 @@ class L2SP(nn.Module):
     @torch.no_grad()
     def distance(self) -> dict[str, Tensor]:
         """``||p - p0||`` per parameter that has a start point, frozen ones included: scalars on their device."""
-        points, params = self.start.points(), self._params()
+        points, params = self.start.tensors(), self._params()
         return {name: torch.linalg.vector_norm(difference(params[name], p0)) for name, p0 in points.items()}
 
     def extra_repr(self) -> str:
@@ -236,7 +237,7 @@ class L2SP(nn.Module):
 
     def _active(self) -> _Selection:
         """What is penalised at this moment."""
-        points = self.start.points()
+        points = self.start.tensors()
         active = _Selection([], "parameter {!r}".format, [], [], [])
         for name, p in self._params().items():
             p0 = points.get(name)
@@ -256,42 +257,6 @@ class L2SP(nn.Module):
             active.start.append(p0)
             active.strength.append(self.new_strength if p0 is None else self.strength)
         return active
-
-
-class _StartPoints(nn.Module):
-    """Start points as buffers in a tree of modules that mirrors the model's names.
-
-    Buffer names cannot hold dots; a tree gives the same keys (``start.layer1.0.weight``), and ``.to()``,
-    ``state_dict`` and strict loading work on it as on any module.
-    """
-
-    def __init__(self, points: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self._names = tuple(points)
-        for name, value in points.items():
-            path, leaf = _split(name)
-            node: nn.Module = self
-            for part in path.split(".") if path else ():
-                if part not in node._modules:
-                    node._modules[part] = nn.Module()
-                node = node._modules[part]  # type: ignore[assignment]
-            node._buffers[leaf] = value
-
-    def points(self) -> dict[str, Tensor]:
-        """The start points by parameter name, as they are now (``.to()`` replaces them)."""
-        return {name: t for name, t in self.named_buffers() if t is not None}
-
-    def extra_repr(self) -> str:
-        return f"{len(self._names)} start points"
-
-    def __repr__(self) -> str:
-        return f"StartPoints({len(self._names)})"
-
-
-def _split(name: str) -> tuple[str, str]:
-    """A parameter's name as its module's path and its own last part."""
-    path, _, leaf = name.rpartition(".")
-    return path, leaf
 
 
 def _start_points(

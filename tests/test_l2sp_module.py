@@ -126,7 +126,7 @@ def test_to_moves_the_start(backend, dtype):
     assert {t.dtype for t in reg.state_dict().values()} == {dtype}
     assert reg().item() == 0
     with torch.no_grad():
-        model.head.bias.copy_(reg.start.points()["head.bias"] + 1)
+        model.head.bias.copy_(reg.start.tensors()["head.bias"] + 1)
     assert reg().dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert reg().item() == pytest.approx(0.25 * 3, rel=0.05)
 

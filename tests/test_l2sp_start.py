@@ -160,7 +160,7 @@ def test_deep_names_and_parameter_containers(backend):
     model = Odd()
     reg = L2SP(model, 1.0)
     assert set(reg.state_dict()) == {"start." + name for name, _ in model.named_parameters()}
-    assert set(reg.start.points()) == {name for name, _ in model.named_parameters()}
+    assert set(reg.start.tensors()) == {name for name, _ in model.named_parameters()}
     reg.load_state_dict(reg.state_dict())
     move(model, 1.0)
     assert reg().item() == count(model)
