@@ -11,6 +11,7 @@ from fasttransfer.features import Features, extract_features
 from fasttransfer.kd import KDLoss, kd_loss
 from fasttransfer.kd_stats import KDStats
 from fasttransfer.l2sp import L2SP, l2sp_add_grad_, l2sp_penalty, l2sp_prox_
+from fasttransfer.linear_kd import LinearKDLoss, linear_kd_loss
 from fasttransfer.maps import ConvMap, LinearMap
 from fasttransfer.modules import freeze, replace_head, thaw
 from fasttransfer.native import build_info, simd_level, simd_levels, use_backend
@@ -29,6 +30,7 @@ __all__ = [
     "KDLoss",
     "KDStats",
     "KFoldSearch",
+    "LinearKDLoss",
     "LinearMap",
     "TopKKDLoss",
     "blend",
@@ -45,6 +47,7 @@ __all__ = [
     "l2sp_add_grad_",
     "l2sp_penalty",
     "l2sp_prox_",
+    "linear_kd_loss",
     "replace_head",
     "simd_level",
     "simd_levels",

@@ -13,13 +13,10 @@ from fasttransfer.kd_arguments import (
     TEMPERATURES,
     NumItems,
     Options,
+    check_batch,
     check_inplace,
-    check_labels,
     check_logits,
-    check_num_items,
     check_options,
-    check_temperature,
-    row_values,
 )
 from fasttransfer.kd_stats import kd_stats
 from fasttransfer.ops import distill as distill_ops
@@ -227,18 +224,8 @@ def distill_rows(
 ) -> Any:
     """Check what a batch brings, then run: the loss, or with ``return_stats`` a pair."""
     columns = check_logits(student, teacher, options.vocab_size)
-    check_labels(labels, student, columns, options)
-    constant_t, row_t = check_temperature(temperature, student)
-    weight = None if row_weight is None else row_values("row_weight", row_weight, student)
-    items, items_tensor = check_num_items(num_items, student, labels is not None, options)
-    if options.reduction == "batchmean" and student.dim() == 1:
-        raise ValueError(
-            "reduction='batchmean' needs student_logits with a first dimension beside V, got one row [V]"
-        )
-    args = (
-        labels, weight, row_t, items_tensor, items, constant_t, options.label_weight or 0.0, options.label_smoothing,
-        options.ignore_index, options.distill_ignored, columns, options.reduction, options.scale_by_t2,
-    )  # fmt: skip
+    args = check_batch(student, columns, labels, temperature, row_weight, num_items, options)
+    weight = args[1]
 
     recording = torch.is_grad_enabled()
     # Under torch.compile the compiler plans the memory: an op that mutates would only be made functional again.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -131,18 +131,27 @@ def check_logits(student: Tensor, teacher: Tensor, vocab_size: int | None) -> in
             "student_logits and teacher_logits must be [..., V] with the same leading dimensions, "
             f"got {shape(student)} and {shape(teacher)}"
         )
-    width, teacher_width = student.shape[-1], teacher.shape[-1]
+    return check_columns(student.shape[-1], teacher.shape[-1], vocab_size)
+
+
+def check_columns(
+    width: int,
+    teacher_width: int,
+    vocab_size: int | None,
+    names: tuple[str, str] = ("student_logits", "teacher_logits"),
+) -> int:
+    """Return how many of the sides' columns count."""
     if vocab_size is None:
         if width != teacher_width:
             raise ValueError(
-                f"student_logits has {width} columns and teacher_logits {teacher_width}: if the vocabularies agree "
+                f"{names[0]} has {width} columns and {names[1]} {teacher_width}: if the vocabularies agree "
                 "on the first columns and the rest is padding, pass vocab_size="
             )
         vocab_size = width
     elif not 0 < vocab_size <= min(width, teacher_width):
         raise ValueError(
             f"vocab_size must be between 2 and the smaller width, got {vocab_size} for {width} columns of "
-            f"student_logits and {teacher_width} of teacher_logits"
+            f"{names[0]} and {teacher_width} of {names[1]}"
         )
     if vocab_size < 2:
         raise ValueError(
@@ -202,7 +211,7 @@ def row_values(name: str, value: Tensor, student: Tensor) -> Tensor:
     if value.dtype.is_complex or value.layout is not torch.strided or value.is_nested:
         raise TypeError(f"{name} must be a real dense tensor, got {value.dtype}, {value.layout}")
     if value.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{name} requires grad, but it is a constant of kd_loss: pass {name}.detach()")
+        raise ValueError(f"{name} requires grad, but it is a constant of the loss: pass {name}.detach()")
     if name == "temperature" and value.dim() == 0:
         value = value.expand(student.shape[:-1])
     check_rows(name, value, student)
@@ -213,11 +222,32 @@ def check_rows(name: str, value: Tensor, student: Tensor) -> None:
     """One value per row, on the logits' device."""
     if value.shape != student.shape[:-1]:
         raise ValueError(
-            f"{name} must have the leading dimensions of student_logits {list(student.shape[:-1])}, "
-            f"got {shape(value)}"
+            f"{name} must have one value per row, so the shape {list(student.shape[:-1])}, got {shape(value)}"
         )
     if value.device != student.device:
-        raise ValueError(f"{name} is on {value.device}, student_logits on {student.device}")
+        raise ValueError(f"{name} is on {value.device}, the student on {student.device}")
+
+
+def check_batch(
+    student: Tensor,  # [..., any]: logits, or what they are made of
+    columns: int,
+    labels: Tensor | None,
+    temperature: float | Tensor,
+    row_weight: Tensor | None,
+    num_items: NumItems | None,
+    options: Options,
+) -> tuple[Any, ...]:
+    """What a batch brings beside the two sides: the row options of ``torch.ops.fasttransfer.kd``."""
+    check_labels(labels, student, columns, options)
+    constant_t, row_t = check_temperature(temperature, student)
+    weight = None if row_weight is None else row_values("row_weight", row_weight, student)
+    items, items_tensor = check_num_items(num_items, student, labels is not None, options)
+    if options.reduction == "batchmean" and student.dim() == 1:
+        raise ValueError("reduction='batchmean' needs a first dimension beside the last, got one row")
+    return (
+        labels, weight, row_t, items_tensor, items, constant_t, options.label_weight or 0.0, options.label_smoothing,
+        options.ignore_index, options.distill_ignored, columns, options.reduction, options.scale_by_t2,
+    )  # fmt: skip
 
 
 def check_num_items(
@@ -235,7 +265,7 @@ def check_num_items(
             )
         count = num_items.numel()
         if num_items.device != student.device and num_items.device.type != "cpu":
-            raise ValueError(f"num_items is on {num_items.device}, student_logits on {student.device}")
+            raise ValueError(f"num_items is on {num_items.device}, the student on {student.device}")
         if values_visible(num_items) and not bool((num_items > 0).all()):
             raise ValueError(f"num_items must be greater than 0, got {num_items.tolist()}")
     else:

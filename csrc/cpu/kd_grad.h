@@ -73,6 +73,7 @@ FT_HD void fill(S* out, int64_t begin, int64_t end, int64_t stride, F value) {
 // The power of two that brings a gradient of at most `bound` near the top of fp16. Without it a mean over 8192 rows
 // of 128k logits is all zeros in fp16: the loss scale of a GradScaler arrives only in backward.
 FT_HD double half_scale(double bound) {
+  bound = fabs(bound);  // the weight of a row may be negative
   int exponent = 0;
   if (!(bound > 0 && bound < 1e300)) return 1;
   frexp(bound, &exponent);

@@ -56,6 +56,7 @@ FT_DEVICE double power_of_two(int k) { return __builtin_bit_cast(double, uint64_
 // The power of two that brings a gradient of at most `bound` near the top of fp16. Without it a mean over 8192 rows
 // of 128k logits is all zeros in fp16: the loss scale of a GradScaler arrives only in backward.
 FT_DEVICE int half_exponent(double bound) {
+  bound = fabs(bound);  // the weight of a row may be negative
   if (!(bound > 0 && bound < 1e300)) return 0;
   const int k = 14 - (int(__builtin_bit_cast(uint64_t, bound) >> 52) - 1022);
   return k > 100 ? 100 : k < -100 ? -100 : k;

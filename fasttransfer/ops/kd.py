@@ -30,7 +30,8 @@ _CHUNK_LOGITS = 1 << 20
 
 # --------------------------------------------------------------------------------------------- pure torch
 def half_scale(bound: Tensor) -> Tensor:
-    """Per row, the power of two that brings a gradient of at most ``bound`` near the top of fp16."""
+    """Per row, the power of two that brings a gradient of at most ``|bound|`` near the top of fp16."""
+    bound = bound.abs()  # the weight of a row may be negative
     exponent = torch.frexp(bound.float()).exponent
     k = torch.where((bound > 0) & torch.isfinite(bound), (14 - exponent).clamp(-100, 100), 0)
     return torch.ldexp(torch.ones_like(bound, dtype=torch.float32), k)
@@ -328,11 +329,11 @@ def apply_upstream(grad: Tensor, upstream: Tensor, grad_scale: Tensor, *, shared
     return grad
 
 
-def refuse_double_backward() -> None:
+def refuse_double_backward(function: str = "kd_loss") -> None:
     """Of a backward that is itself recorded."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
-            "kd_loss has no second derivative: its gradient is computed in the forward pass. "
+            f"{function} has no second derivative: its gradient is computed in the forward pass. "
             "Call backward without create_graph=True."
         )
 
