@@ -7,6 +7,7 @@ from fasttransfer import native as _native
 from fasttransfer.blend import blend, blend_, blend_many, blend_many_
 from fasttransfer.decoupled_kd import DecoupledKDLoss, decoupled_kd_loss
 from fasttransfer.ema import EMA
+from fasttransfer.feature_kd import FeatureKDLoss, feature_kd_loss
 from fasttransfer.features import Features, extract_features
 from fasttransfer.kd import KDLoss, kd_loss
 from fasttransfer.kd_stats import KDStats
@@ -26,6 +27,7 @@ __all__ = [
     "AlphaSweep",
     "ConvMap",
     "DecoupledKDLoss",
+    "FeatureKDLoss",
     "Features",
     "KDLoss",
     "KDStats",
@@ -40,6 +42,7 @@ __all__ = [
     "build_info",
     "decoupled_kd_loss",
     "extract_features",
+    "feature_kd_loss",
     "freeze",
     "kd_loss",
     "kfold_indices",
