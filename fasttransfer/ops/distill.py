@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fasttransfer.ops import divergences
-from fasttransfer.ops.divergences import Value, pair_of
+from fasttransfer.ops.divergences import Pair, Terms, Value, pair_of
 from fasttransfer.ops.kd import (
     ROW_OPTIONS,
     apply_upstream,
@@ -40,46 +40,85 @@ _OPTIONS = (
 )
 
 
-class _Side(NamedTuple):
+class Side(NamedTuple):
     """One side's logits as they enter the loss, and what its gradient is carried back by."""
 
     z: Tensor  # capped
     x: Tensor  # and standardized
     cap: float
-    deviation: Tensor | None  # [rows, 1]; None: not standardized
-    above: Tensor | None  # [rows, 1] number of logits above -inf
+    moments: Moments | None  # None: not standardized
+
+
+class Moments(NamedTuple):
+    """Of the logits above -inf of a row, ``[rows, 1]``: how many, their mean, their squared distance from it."""
+
+    count: Tensor
+    mean: Tensor  # double
+    square: Tensor
+
+    @property
+    def n_1(self) -> Tensor:
+        """What the variance is divided by: Bessel's correction, as in the authors' code. One logit deviates by 0."""
+        return (self.count - 1).clamp_min(1)
+
+    @property
+    def deviation(self) -> Tensor:
+        """The deviation, double."""
+        return torch.sqrt(self.square / self.n_1)
 
 
 # --------------------------------------------------------------------------------------------- pure torch
-def _side(raw: Tensor, cap: float, standardize: bool) -> _Side:
-    z = raw if cap == 0 else torch.where(raw == -torch.inf, raw, cap * torch.tanh(raw / cap))
-    if not standardize:
-        return _Side(z, z, cap, None, None)
+def capped(raw: Tensor, cap: float) -> Tensor:
+    """The softcap; 0: none."""
+    return raw if cap == 0 else torch.where(raw == -torch.inf, raw, cap * torch.tanh(raw / cap))
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.double() if x.device.type != "mps" else x
+
+
+def moments_of(z: Tensor) -> Moments:
+    """The moments of each row."""
     finite = z > -torch.inf
     count = finite.sum(-1, keepdim=True)
-    wide = torch.where(finite, z, 0.0).double() if z.device.type != "mps" else torch.where(finite, z, 0.0)
+    wide = _wide(torch.where(finite, z, 0.0))
     mean = wide.sum(-1, keepdim=True) / count
-    # With Bessel's correction, as the authors' code has it; a single logit deviates by 0.
-    square = torch.where(finite, wide - mean, 0.0).square().sum(-1, keepdim=True)
-    deviation = torch.sqrt(square / (count - 1).clamp_min(1))
-    x = torch.where(finite, (wide - mean) / (deviation + _DEVIATION_EPS), -torch.inf)
-    return _Side(z, x.to(z.dtype), cap, deviation.to(z.dtype), count)
+    return Moments(count, mean, torch.where(finite, wide - mean, 0.0).square().sum(-1, keepdim=True))
 
 
-def _through_standardize(grad: Tensor, side: _Side) -> Tensor:
+def side_of(z: Tensor, cap: float, moments: Moments | None) -> Side:
+    """Of capped logits, with the moments of their rows where they are to be standardized."""
+    if moments is None:
+        return Side(z, z, cap, None)
+    x = (_wide(z) - moments.mean) / (moments.deviation + _DEVIATION_EPS)
+    return Side(z, torch.where(z > -torch.inf, x, -torch.inf).to(z.dtype), cap, moments)
+
+
+def _side(raw: Tensor, cap: float, standardize: bool) -> Side:
+    z = capped(raw, cap)
+    return side_of(z, cap, moments_of(z) if standardize else None)
+
+
+def along(grad: Tensor, side: Side) -> Tensor:
+    """``sum grad x`` of a gradient for x, ``[rows, 1]``: what standardizing takes out of it."""
+    return torch.where(side.x > -torch.inf, grad * side.x, 0.0).sum(-1, keepdim=True)
+
+
+def through_standardize(grad: Tensor, side: Side, grad_along: Tensor | None = None) -> Tensor:
     """The gradient for z from that for x. Gradients of softmaxes sum to 0, so the mean's part vanishes."""
-    if side.deviation is None or side.above is None:
+    if side.moments is None:
         return grad
-    finite = side.x > -torch.inf
-    scale = side.deviation + _DEVIATION_EPS
-    along = torch.where(finite, grad * side.x, 0.0).sum(-1, keepdim=True)
-    n_1 = (side.above - 1).clamp_min(1)
+    if grad_along is None:
+        grad_along = along(grad, side)
+    deviation = side.moments.deviation.to(grad.dtype)
+    scale = deviation + _DEVIATION_EPS
     # deviation = 0: it has no derivative, and 0 is taken.
-    slope = torch.where(side.deviation > 0, along * scale / (side.deviation * n_1), 0.0)
-    return torch.where(finite, (grad - side.x * slope) / scale, 0.0)
+    slope = torch.where(deviation > 0, grad_along * scale / (deviation * side.moments.n_1), 0.0)
+    return torch.where(side.x > -torch.inf, (grad - side.x * slope) / scale, 0.0)
 
 
-def _through_softcap(grad: Tensor, side: _Side) -> Tensor:
+def through_softcap(grad: Tensor, side: Side) -> Tensor:
+    """The gradient for the logits from that for z."""
     if side.cap == 0:
         return grad
     return torch.where(side.z == -torch.inf, 0.0, grad * (1 - (side.z / side.cap).square()))
@@ -99,13 +138,16 @@ def _divergence(
         assert index is not None
         return divergences.decoupled(s, t, index, temperature, (args[0], args[1]), want_s, want_t)
     pair = pair_of(s, t, temperature)
-    if name == "jsd":
-        return divergences.jsd(pair, args[0], want_s, want_t)
-    return {
-        "forward_kl": divergences.forward_kl,
-        "reverse_kl": divergences.reverse_kl,
-        "tvd": divergences.tvd,
-    }[name](pair, want_s, want_t)
+    if name == "forward_kl":
+        return divergences.forward_kl(pair, want_s, want_t)
+    if name == "reverse_kl":
+        return divergences.reverse_kl(pair, want_s, want_t)
+    return divergences.value_of(terms_of(name, args, pair), pair, want_s, want_t)
+
+
+def terms_of(name: str, args: list[float], pair: Pair) -> Terms:
+    """Of a divergence that is a sum of such."""
+    return divergences.jsd(pair, args[0]) if name == "jsd" else divergences.tvd(pair)
 
 
 def _broken(raw: Tensor) -> Tensor:
@@ -117,8 +159,48 @@ def _broken(raw: Tensor) -> Tensor:
 def _entropy(x: Tensor, temperature: Tensor) -> Tensor:
     d = divergences.centred(x)
     e, total = divergences.exp_sum(d * (1 / temperature).to(x.dtype)[:, None], temperature.dtype)
-    mean = torch.where(e == 0, 0.0, e * d).sum(-1, dtype=temperature.dtype) / (total * temperature)
-    return torch.log(total) - mean
+    return entropy_from(weighted(e, d, temperature.dtype), total, temperature)
+
+
+def weighted(e: Tensor, d: Tensor, acc: torch.dtype) -> Tensor:
+    """``sum e d``, 0 where there is no mass."""
+    return torch.where(e == 0, 0.0, e * d).sum(-1, dtype=acc)
+
+
+def entropy_from(sum_ed: Tensor, total: Tensor, temperature: Tensor) -> Tensor:
+    """Of a softmax, from the sums of its row."""
+    return torch.log(total) - sum_ed / (total * temperature)
+
+
+def label_loss(
+    total: Tensor, of_label: Tensor, sum_d: Tensor | None, columns: int | Tensor, smoothing: float
+) -> tuple[Tensor, Tensor]:
+    """The smoothed cross entropy and the plain one, from ``sum exp(d)``, the label's d and ``sum d`` of a row."""
+    plain = torch.log(total) - of_label
+    ce = torch.zeros_like(total)
+    if smoothing != 1:  # 0 * inf = 0
+        ce = (1 - smoothing) * plain
+    if sum_d is not None:
+        ce = ce + smoothing * (torch.log(total) - sum_d / columns)
+    return ce, plain
+
+
+def label_gradient(
+    e: Tensor,
+    total: Tensor,
+    ce_weight: Tensor,
+    index: Tensor,
+    columns: int | Tensor,
+    smoothing: float,
+    here: Tensor | None = None,
+) -> Tensor:
+    """Of ``ce_weight CE`` for the logits; ``here [rows, 1]``: whether the label's column is among these."""
+    of_ce = e * (ce_weight / total).to(e.dtype)[:, None]
+    if smoothing:
+        of_ce = of_ce - (ce_weight * smoothing / columns).to(e.dtype)[:, None]
+    at_label = (ce_weight * (smoothing - 1)).to(e.dtype)[:, None]
+    of_ce.scatter_add_(-1, index, at_label if here is None else torch.where(here, at_label, 0.0))
+    return torch.where((ce_weight != 0)[:, None], of_ce, 0.0)
 
 
 class _Rows(NamedTuple):
@@ -170,9 +252,9 @@ def _distill_rows(
         loss = loss + torch.where(kd_weight != 0, kd_weight * value, 0.0)
         weight = kd_weight.to(raw_s.dtype)[:, None]
         if grad_s is not None and of_s is not None:
-            grad_s = grad_s + _through_standardize(of_s * weight, student)
+            grad_s = grad_s + through_standardize(of_s * weight, student)
         if of_t is not None:
-            grad_t = _through_softcap(_through_standardize(of_t * weight, teacher), teacher)
+            grad_t = through_softcap(through_standardize(of_t * weight, teacher), teacher)
         if stats is not None:
             stats[:, 0] = divergences.kl_of(pair_of(student.x, teacher.x, temperature))
             stats[:, 3] = _entropy(teacher.x, temperature)
@@ -181,27 +263,19 @@ def _distill_rows(
         stats[:, 2] = _entropy(student.x, temperature)
 
     if ce_weight is not None and index is not None and labelled is not None:
-        has_ce = ce_weight != 0
         d = divergences.centred(student.z)
         e, total = divergences.exp_sum(d, loss.dtype)
-        ce = torch.zeros_like(total)
-        plain_ce = torch.log(total) - d.gather(-1, index)[:, 0].to(loss.dtype)
-        if smoothing != 1:  # 0 * inf = 0
-            ce = (1 - smoothing) * plain_ce
-        if smoothing:
-            ce = ce + smoothing * (torch.log(total) - d.sum(-1, dtype=loss.dtype) / columns)
-        loss = loss + torch.where(has_ce, ce_weight * ce, 0.0)
+        of_label = d.gather(-1, index)[:, 0].to(loss.dtype)
+        sum_d = d.sum(-1, dtype=loss.dtype) if smoothing else None
+        ce, plain_ce = label_loss(total, of_label, sum_d, columns, smoothing)
+        loss = loss + torch.where(ce_weight != 0, ce_weight * ce, 0.0)
         if grad_s is not None:
-            of_ce = e * (ce_weight / total).to(e.dtype)[:, None]
-            if smoothing:
-                of_ce = of_ce - (ce_weight * smoothing / columns).to(e.dtype)[:, None]
-            of_ce.scatter_add_(-1, index, (ce_weight * (smoothing - 1)).to(e.dtype)[:, None])
-            grad_s = grad_s + torch.where(has_ce[:, None], of_ce, 0.0)
+            grad_s = grad_s + label_gradient(e, total, ce_weight, index, columns, smoothing)
         if stats is not None:
             stats[:, 1] = torch.where(labelled, plain_ce, 0.0)
 
     if grad_s is not None:
-        grad_s = _through_softcap(grad_s, student)
+        grad_s = through_softcap(grad_s, student)
     return _Rows(
         torch.where(broken, torch.nan, loss),
         None if grad_s is None else torch.where(broken[:, None], torch.nan, grad_s),
@@ -210,7 +284,7 @@ def _distill_rows(
     )
 
 
-class _Gradient:
+class Gradient:
     """Where one side's gradient is stored: rounded once, in fp16 by a power of two per row."""
 
     def __init__(self, out: Tensor, rows: int, vocab_size: int) -> None:
@@ -219,6 +293,7 @@ class _Gradient:
         self.scale = torch.ones(rows if half else 0, dtype=torch.float32, device=out.device)
 
     def put(self, index: Any, flat: slice, grad: Tensor) -> None:
+        """The gradient of some rows."""
         if self.scale.numel():
             up = half_scale(grad.abs().amax(-1))
             grad = grad * up[:, None]
@@ -265,9 +340,9 @@ def _reference(
     losses = torch.zeros(rows, dtype=t.dtype, device=student.device)
     stats = torch.zeros(rows if want_stats else 0, len(STATS), dtype=compute, device=student.device)
     teacher_grad = teacher.new_empty(teacher.shape if want_teacher_grad else 0)
-    sides: list[_Gradient | None] = [
-        None if student_grad is None else _Gradient(student_grad, rows, vocab_size),
-        _Gradient(teacher_grad, rows, vocab_size) if want_teacher_grad else None,
+    sides: list[Gradient | None] = [
+        None if student_grad is None else Gradient(student_grad, rows, vocab_size),
+        Gradient(teacher_grad, rows, vocab_size) if want_teacher_grad else None,
     ]
     # What is looked at only for the statistics is looked at all the same.
     distills = labels is None or label_weight != 1 or want_stats

@@ -12,6 +12,9 @@ With ``x = log p`` (student) and ``y = log q`` (teacher), both at temperature T:
 The gradient for the student's logit v is ``p_v (f_v - sum_u p_u f_u)/T`` with f = x - y for reverse KL, ``(1-beta)
 (x - m)`` for jsd, ``sign(p - q)/2`` for tvd; for the teacher's ``q_v (h_v - sum_u q_u h_u)/T`` with h = y - x for
 forward KL, ``beta (y - m)`` for jsd, ``sign(q - p)/2`` for tvd. Of either KL the side behind the bars has (p - q)/T.
+
+What is done to an element is apart from what is summed over a row: ``ops/sharded.py`` does the first with a part of the
+columns, where the sums are of all of them.
 """
 
 from __future__ import annotations
@@ -60,10 +63,14 @@ class Pair(NamedTuple):
         return torch.where(both, 0.0, (self.ds - self.dt) * inv_t - log_ratio)
 
 
+def reference(top: Tensor) -> Tensor:
+    """What differences of a row are taken from: its maximum, or 0 where that is -inf (so that exp gives 0)."""
+    return top.masked_fill(top == -torch.inf, 0.0)
+
+
 def centred(x: Tensor) -> Tensor:
-    """``x - max x`` per row, with 0 as the reference of a row that is -inf throughout (so that exp gives 0)."""
-    top = x.amax(-1, keepdim=True)
-    return x - top.masked_fill(top == -torch.inf, 0.0)
+    """``x - max x`` per row, with 0 as the reference of a row that is -inf throughout."""
+    return x - reference(x.amax(-1, keepdim=True))
 
 
 def exp_sum(x: Tensor, acc: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -74,38 +81,70 @@ def exp_sum(x: Tensor, acc: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def pair_of(s: Tensor, t: Tensor, temperature: Tensor) -> Pair:
     """The softmaxes of two ``[rows, V]`` at one temperature per row."""
-    inv_t = (1 / temperature).to(s.dtype)[:, None]
-    ds, dt = centred(s), centred(t)
+    return pair_about(centred(s), centred(t), temperature)
+
+
+def pair_about(ds: Tensor, dt: Tensor, temperature: Tensor) -> Pair:
+    """As pair_of, of logits minus what is the reference of their row."""
+    inv_t = (1 / temperature).to(ds.dtype)[:, None]
     es, sum_s = exp_sum(ds * inv_t, temperature.dtype)
     et, sum_t = exp_sum(dt * inv_t, temperature.dtype)
     return Pair(ds, dt, es, et, sum_s, sum_t, temperature)
 
 
+def cross_of(pair: Pair) -> Tensor:
+    """sum exp(dt/T) (dt - ds)"""
+    return torch.where(pair.et == 0, 0.0, pair.et * (pair.dt - pair.ds)).sum(-1, dtype=pair.sum_t.dtype)
+
+
+def kl_from(cross: Tensor, sum_s: Tensor, sum_t: Tensor, temperature: Tensor) -> Tensor:
+    """KL(q || p) from the sums of a row."""
+    return cross / (sum_t * temperature) + torch.log(sum_s / sum_t)
+
+
 def kl_of(pair: Pair) -> Tensor:
     """KL(q || p) per row, exactly 0 where the rows are the same."""
-    cross = torch.where(pair.et == 0, 0.0, pair.et * (pair.dt - pair.ds)).sum(-1, dtype=pair.sum_t.dtype)
-    return cross / (pair.sum_t * pair.temperature) + torch.log(pair.sum_s / pair.sum_t)
+    return kl_from(cross_of(pair), pair.sum_s, pair.sum_t, pair.temperature)
 
 
-def _swapped(pair: Pair) -> Pair:
+def swapped(pair: Pair) -> Pair:
+    """Teacher and student exchanged."""
     return Pair(pair.dt, pair.ds, pair.et, pair.es, pair.sum_t, pair.sum_s, pair.temperature)
 
 
-def _spread(mass: Tensor, f: Tensor, temperature: Tensor) -> Tensor:
-    """``mass_v (f_v - sum_u mass_u f_u) / T``, mass being a softmax.
+class Peak(NamedTuple):
+    """Where a softmax has most of its mass: f there, and the mean of f minus that. ``[rows, 1]``, f's dtype."""
+
+    at: Tensor
+    mean: Tensor
+
+
+def above_peak(mass: Tensor, f: Tensor, at: Tensor) -> Tensor:
+    """f - at, 0 where there is no mass."""
+    return torch.where(mass != 0, f - at, 0.0)
+
+
+def peak_of(mass: Tensor, f: Tensor, acc: torch.dtype) -> tuple[Tensor, Tensor]:
+    """f where the mass of a row is largest, ``[rows, 1]``, and ``sum mass (f - that)``, ``[rows]`` acc."""
+    at = f.gather(-1, mass.argmax(-1, keepdim=True))
+    return at, (mass * above_peak(mass, f, at)).sum(-1, dtype=acc)
+
+
+def spread(mass: Tensor, f: Tensor, temperature: Tensor, peak: Peak | None = None) -> Tensor:
+    """``mass_v (f_v - sum_u mass_u f_u) / T``, mass being a softmax; ``peak`` where this is a part of its columns.
 
     f is taken from its value where the mass is largest. Where nearly all of it is in one place the difference is small
     beside f, and rounding f would be all that is left of it.
     """
-    has = mass != 0
-    at = f.gather(-1, mass.argmax(-1, keepdim=True))
-    moved = torch.where(has, f - at, 0.0)
-    mean = (mass * moved).sum(-1, dtype=temperature.dtype)
-    return mass * (moved - mean.to(f.dtype)[:, None]) * (1 / temperature).to(f.dtype)[:, None]
+    if peak is None:
+        at, mean = peak_of(mass, f, temperature.dtype)
+        peak = Peak(at, mean.to(f.dtype)[:, None])
+    moved = above_peak(mass, f, peak.at)
+    return mass * (moved - peak.mean) * (1 / temperature).to(f.dtype)[:, None]
 
 
-def _kl_gradients(
-    pair: Pair, value: Tensor, want_p: bool, want_q: bool
+def kl_gradients(
+    pair: Pair, value: Tensor, want_p: bool, want_q: bool, peak: Peak | None = None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Of KL(q || p) for the logits of p, and for those of q (0 in a row whose value is infinite)."""
     of_p = (pair.p - pair.q) * (1 / pair.temperature).to(pair.es.dtype)[:, None] if want_p else None
@@ -114,25 +153,33 @@ def _kl_gradients(
         infinite = torch.isposinf(value)[:, None]
         difference = torch.where((pair.et == 0) | infinite, 0.0, pair.dt - pair.ds)
         inv_t = (1 / pair.temperature).to(pair.es.dtype)[:, None]
-        of_q = torch.where(infinite, 0.0, _spread(pair.q, difference * inv_t, pair.temperature))
+        of_q = torch.where(infinite, 0.0, spread(pair.q, difference * inv_t, pair.temperature, peak))
     return of_p, of_q
 
 
 def forward_kl(pair: Pair, want_s: bool, want_t: bool) -> Value:
     """KL(q || p)."""
     value = kl_of(pair)
-    return Value(value, *_kl_gradients(pair, value, want_s, want_t))
+    return Value(value, *kl_gradients(pair, value, want_s, want_t))
 
 
 def reverse_kl(pair: Pair, want_s: bool, want_t: bool) -> Value:
     """KL(p || q)."""
-    swapped = _swapped(pair)
-    value = kl_of(swapped)
-    of_t, of_s = _kl_gradients(swapped, value, want_t, want_s)
+    other_way = swapped(pair)
+    value = kl_of(other_way)
+    of_t, of_s = kl_gradients(other_way, value, want_t, want_s)
     return Value(value, of_s, of_t)
 
 
-def jsd(pair: Pair, beta: float, want_s: bool, want_t: bool) -> Value:
+class Terms(NamedTuple):
+    """Of a divergence whose value is a sum over columns: what is summed, and the f of its gradients."""
+
+    value: Tensor  # [rows, V]
+    f_s: Tensor
+    f_t: Tensor
+
+
+def jsd(pair: Pair, beta: float) -> Terms:
     """The generalized Jensen-Shannon divergence, beta in (0, 1)."""
     d = pair.difference()
     # m relative to the larger of x and y: exp of what is at most 0, so nothing overflows, and p = 0 costs nothing.
@@ -142,21 +189,22 @@ def jsd(pair: Pair, beta: float, want_s: bool, want_t: bool) -> Value:
     x_m = (1 - beta) * torch.where(above, from_larger, from_larger + d)
     y_m = beta * torch.where(above, from_larger - d, from_larger)
     terms = torch.where(pair.es == 0, 0.0, pair.p * x_m) + torch.where(pair.et == 0, 0.0, pair.q * y_m)
-    return Value(
-        terms.sum(-1, dtype=pair.sum_s.dtype),
-        _spread(pair.p, x_m, pair.temperature) if want_s else None,
-        _spread(pair.q, y_m, pair.temperature) if want_t else None,
-    )
+    return Terms(terms, x_m, y_m)
 
 
-def tvd(pair: Pair, want_s: bool, want_t: bool) -> Value:
+def tvd(pair: Pair) -> Terms:
     """The total variation distance, with 0 as its derivative where p = q."""
     difference = pair.p - pair.q
     half = torch.sign(difference) / 2
+    return Terms(difference.abs() / 2, half, -half)
+
+
+def value_of(terms: Terms, pair: Pair, want_s: bool, want_t: bool) -> Value:
+    """The divergence that these are the terms of."""
     return Value(
-        difference.abs().sum(-1, dtype=pair.sum_s.dtype) / 2,
-        _spread(pair.p, half, pair.temperature) if want_s else None,
-        _spread(pair.q, -half, pair.temperature) if want_t else None,
+        terms.value.sum(-1, dtype=pair.sum_s.dtype),
+        spread(pair.p, terms.f_s, pair.temperature) if want_s else None,
+        spread(pair.q, terms.f_t, pair.temperature) if want_t else None,
     )
 
 
@@ -169,6 +217,18 @@ def _binary_kl(a_t: Tensor, a_s: Tensor) -> Tensor:
             mass == 0, 0.0, mass * (F.logsigmoid(sign * a_t) - F.logsigmoid(sign * a_s))
         )
     return torch.where(a_t == a_s, 0.0, value)
+
+
+def replaced(x: Tensor, index: Tensor, value: Tensor | float, here: Tensor | None = None) -> Tensor:
+    """x with ``value``, a number or ``[rows, 1]``, in column ``index`` of each row, or of those that are ``here``."""
+    if isinstance(value, float):
+        value = x.new_full(index.shape, value)
+    return x.scatter(-1, index, value if here is None else torch.where(here, value, x.gather(-1, index)))
+
+
+def label_odds(of_label: Tensor, top: Tensor, total: Tensor, temperature: Tensor) -> Tensor:
+    """Of the label's class: log p - log(1 - p), from its logit and from the maximum and the sum of the others."""
+    return (of_label - reference(top)) / temperature - torch.log(total)
 
 
 def decoupled(
@@ -185,20 +245,35 @@ def decoupled(
     The mass beside the label is a softmax of its own, so that nothing is subtracted from 1: with a_s = x_label - log
     sum exp of the others, the label's probability is sigmoid(a_s).
     """
-    acc, dtype = temperature.dtype, s.dtype
-    rest = pair_of(s.scatter(-1, index, -torch.inf), t.scatter(-1, index, -torch.inf), temperature)
+    acc = temperature.dtype
+    others_s, others_t = replaced(s, index, -torch.inf), replaced(t, index, -torch.inf)
+    rest = pair_of(others_s, others_t, temperature)
+    a_s, a_t = (
+        label_odds(z.gather(-1, index)[:, 0].to(acc), others.amax(-1).to(acc), total, temperature)
+        for z, others, total in ((s, others_s, rest.sum_s), (t, others_t, rest.sum_t))
+    )
+    return decoupled_from(rest, kl_of(rest), a_s, a_t, index, weights, want_s, want_t)
 
-    def label_odds(z: Tensor, total: Tensor) -> Tensor:
-        others = z.scatter(-1, index, -torch.inf).amax(-1).to(acc)
-        top = others.masked_fill(others == -torch.inf, 0.0)
-        return (z.gather(-1, index)[:, 0].to(acc) - top) / temperature - torch.log(total)
 
-    a_s, a_t = label_odds(s, rest.sum_s), label_odds(t, rest.sum_t)
+def decoupled_from(
+    rest: Pair,
+    kl: Tensor,  # [rows], of rest
+    a_s: Tensor,  # [rows], odds of the label
+    a_t: Tensor,
+    index: Tensor,
+    weights: tuple[float, float],
+    want_s: bool,
+    want_t: bool,
+    here: Tensor | None = None,  # [rows, 1]: whether the label's column is among these
+    peak: Peak | None = None,
+) -> Value:
+    """As decoupled, from the sums of the row."""
+    temperature, dtype = rest.temperature, rest.es.dtype
     on_target, on_rest = weights
     has_rest = rest.sum_t > 0
-    rest_value = torch.where(has_rest, torch.where(rest.sum_s > 0, kl_of(rest), torch.inf), 0.0)
+    rest_value = torch.where(has_rest, torch.where(rest.sum_s > 0, kl, torch.inf), 0.0)
     value = on_target * _binary_kl(a_t, a_s) + on_rest * rest_value
-    of_rest = _kl_gradients(rest, rest_value, want_s, want_t)
+    of_rest = kl_gradients(rest, rest_value, want_s, want_t, peak)
     p_y, q_y = torch.sigmoid(a_s), torch.sigmoid(a_t)
     # d KL(b_t || b_s) / d a_s, / d a_t
     moves = (p_y - q_y, torch.nan_to_num(q_y * torch.sigmoid(-a_t) * (a_t - a_s), 0.0, 0.0, 0.0))
@@ -213,5 +288,5 @@ def decoupled(
         of_mass = torch.where(total > 0, move / total, 0.0).to(dtype)[:, None]
         both = has_rest & (rest.sum_s > 0)
         grad = torch.where(both[:, None], on_rest * part, 0.0) - e * of_mass
-        gradients.append(grad.scatter(-1, index, move.to(dtype)[:, None]))
+        gradients.append(replaced(grad, index, move.to(dtype)[:, None], here))
     return Value(value, *gradients)
