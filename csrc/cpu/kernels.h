@@ -63,6 +63,39 @@ struct TopkRow {
   int64_t label;
 };
 
+// ------------------------------------------------------------------------------------------- distill
+enum class Divergence : int { kForwardKL, kReverseKL, kJsd, kTvd, kDecoupled };
+
+struct DistillSide {
+  DType dtype;  // of the logits and of their gradient
+  int64_t stride, grad_stride, grad_columns;
+  double softcap;  // 0: none
+  bool stream;     // as in KdCall, of this side's gradient
+};
+
+struct DistillCall {
+  DistillSide side[2];  // student, teacher
+  Divergence divergence;
+  double args[2];  // jsd: beta; decoupled: the weights of the target and the non-target part
+  bool standardize, want_stats;
+  int64_t columns;
+  double label_smoothing;
+};
+
+struct DistillRow {
+  const void* logits[2];  // the teacher's null where nothing is wanted of it
+  void* grad[2];          // null where not wanted
+  double inv_t, kd_weight, label_weight;
+  bool labelled;  // has a label, whatever its weight
+  int64_t label;
+};
+
+struct DistillResult {
+  double loss;           // weighted
+  double grad_scale[2];  // as in KdRowLoss
+  double stats[5];       // KL(q || p), CE, the entropies of p and q, whether the first maxima are the same
+};
+
 // ---------------------------------------------------------------------------------------------- l2sp
 // A run of one parameter: n elements that lie one after the other in every operand.
 struct L2spRun {
@@ -100,6 +133,9 @@ struct Kernels {
   KdRowLoss (*topk_row_float)(const TopkCall&, const TopkRow&, void* scratch);
   KdRowLoss (*topk_row_double)(const TopkCall&, const TopkRow&, void* scratch);
   int64_t (*topk_scratch_bytes)(int64_t columns, int64_t entries, bool is_double);  // for one thread
+  DistillResult (*distill_row_float)(const DistillCall&, const DistillRow&, void* scratch);
+  DistillResult (*distill_row_double)(const DistillCall&, const DistillRow&, void* scratch);
+  int64_t (*distill_scratch_bytes)(int64_t columns, bool is_double);  // for one thread
   double (*l2sp_run_float)(const L2spRun&);
   double (*l2sp_run_double)(const L2spRun&);
   void (*blend_run_float)(const BlendRun&);

@@ -2,6 +2,7 @@
 // standard containers: an inline function with external linkage would be emitted as a weak symbol, of which the
 // linker keeps one copy, perhaps the AVX-512 one, for every level.
 #include "cpu/blend.h"
+#include "cpu/distill.h"
 #include "cpu/kd.h"
 #include "cpu/kernels.h"
 #include "cpu/l2sp.h"
@@ -22,6 +23,9 @@ const Kernels table = {
     .topk_row_float = topk_row<float>,
     .topk_row_double = topk_row<double>,
     .topk_scratch_bytes = topk_scratch_bytes,
+    .distill_row_float = distill_row<float>,
+    .distill_row_double = distill_row<double>,
+    .distill_scratch_bytes = distill_scratch_bytes,
     .l2sp_run_float = l2sp_run<float>,
     .l2sp_run_double = l2sp_run<double>,
     .blend_run_float = blend_run<float>,
