@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,8 @@ def blend(
         source_scale: As alpha; None means ``1 - alpha``. ``alpha=1, source_scale=1`` is the plain sum.
         transform: What maps a source to the target's shape: None, a matrix ``[d_target, d_source]`` acting on the
             last dimension (as ``F.linear``), a module or function of one tensor, or a mapping
-            ``{name pattern: transform}`` (a name that no pattern matches is not transformed).
+            ``{name pattern: transform}`` (a name that no pattern matches is not transformed). A matrix or a linear
+            layer is one GEMM with the blend (float32 and float64, alpha a number).
 
     Returns:
         The same kind as ``target`` (a list for a list or tuple), in the targets' dtypes and with their strides'
@@ -109,15 +110,26 @@ def blend_(
 
 
 def blend_many(
-    target: Tensors, sources: Sequence[Tensors], alpha: Coefficient, *, weights: Sequence[float] | None = None
+    target: Tensors,
+    sources: Sequence[Tensors],
+    alpha: Coefficient,
+    *,
+    weights: Sequence[float] | None = None,
+    source_scale: Coefficient | None = None,
 ) -> Any:
-    """``alpha * target + (1 - alpha) * sum_i w_i source_i`` in one pass for all sources, differentiable.
+    """``alpha * target + source_scale * sum_i w_i source_i`` in one pass for all sources, differentiable.
+
+    Soups average: ``blend_many(a, [b, c], 1 / 3)``. Task vectors are added and subtracted (Ilharco et al., "Editing
+    Models with Task Arithmetic" (2023), section 2): ``base + sum_i l_i (tuned_i - base)`` is
+    ``blend_many(base, tuned, 1 - sum(l), weights=l, source_scale=1.0)``.
 
     Args:
         target: As in ``blend``.
         sources: At least one; each as the source of ``blend``.
         alpha: As in ``blend``.
-        weights: One number per source, summing to 1 (they may be negative); default equal.
+        weights: One number per source (they may be negative); default equal, ``1 / k``. They must sum to 1 unless
+            ``source_scale`` is given.
+        source_scale: As in ``blend``; None means ``1 - alpha``.
 
     Returns:
         As ``blend``.
@@ -125,7 +137,7 @@ def blend_many(
     Raises:
         TypeError, ValueError: As ``blend``; also for weights that do not fit the sources or do not sum to 1.
     """
-    plan = _Plan(target, sources, alpha, None, None, weights, "blend")
+    plan = _Plan(target, sources, alpha, source_scale, None, weights, "blend")
     return plan.result(plan.blended())
 
 
@@ -135,6 +147,7 @@ def blend_many_(
     alpha: Coefficient,
     *,
     weights: Sequence[float] | None = None,
+    source_scale: Coefficient | None = None,
     buffers: str = "blend",
 ) -> Any:
     """As ``blend_many``, in place and without a graph; returns ``target``.
@@ -144,16 +157,19 @@ def blend_many_(
         sources: As in ``blend_many``.
         alpha: As in ``blend``.
         weights: As in ``blend_many``.
+        source_scale: As in ``blend_many``.
         buffers: As in ``blend_``; ``"copy"`` needs a single source.
 
     Raises:
         TypeError, ValueError: As ``blend_`` and ``blend_many``.
     """
-    if buffers == "blend" and type(alpha) is float and fast_lists.undisturbed():
-        shares = _check_weights(sources, weights)
+    if source_scale is None and buffers == "blend" and type(alpha) is float and fast_lists.undisturbed():
+        shares = _check_weights(sources, weights, one=True)
         if fast_lists.blend_(target, sources, alpha, shares):
             return target
-    plan = _Plan(target, sources, alpha, None, None, weights, check_choice("buffers", buffers, _BUFFERS))
+    plan = _Plan(
+        target, sources, alpha, source_scale, None, weights, check_choice("buffers", buffers, _BUFFERS)
+    )
     with torch.no_grad():
         plan.blend_()
     return target
@@ -172,7 +188,7 @@ class _Plan:
         weights: Sequence[float] | None,
         buffers: str,
     ) -> None:
-        self.weights = _check_weights(sources, weights)
+        self.weights = _check_weights(sources, weights, one=source_scale is None)
         if buffers == "copy" and len(sources) > 1:
             raise ValueError(f"buffers='copy' needs a single source to copy from, got {len(sources)}")
         self.given = collect("target", target, buffers=True)
@@ -185,10 +201,12 @@ class _Plan:
         columns = [match(self.given, other, transformed=transforms) for other in others]
         self.parameters = set(collect("target", target).tensors) if isinstance(target, nn.Module) else None
 
+        constant = not any(isinstance(c, (Tensor, Mapping)) for c in (alpha, source_scale))
         self.names: list[str] = []
         self.targets: list[Tensor] = []
         self.rows: list[list[Tensor]] = []  # the sources of each target
         self.copies: list[tuple[Tensor, Tensor]] = []
+        self.products: dict[int, _Product] = {}  # of the targets that a matrix product computes, by position
         for i, (name, t) in enumerate(self.given.tensors.items()):
             row = [column[i] for column in columns]
             integer = named and not t.dtype.is_floating_point and not t.dtype.is_complex
@@ -200,6 +218,11 @@ class _Plan:
                 self.targets.append(t)
                 self.rows.append(row)
                 if transforms[i] is not None:
+                    product = _as_product(transforms[i], row[0], t) if constant else None
+                    if product is not None:
+                        self.products[len(self.names) - 1] = product
+                        self.rows[-1] = [product.source, product.weight]
+                        continue
                     mapped = zip(row, others, strict=True)
                     self.rows[-1] = [_mapped(transforms[i], s, t, other, name) for s, other in mapped]
         if not all_usable([*self.targets, *(s for row in self.rows for s in row)]):
@@ -211,15 +234,19 @@ class _Plan:
 
     def blended(self) -> list[Tensor]:
         """The blended tensors, in the order of ``names``."""
-        if not self.targets:
-            return []
-        inputs = [*self.targets, *(s for row in self.rows for s in row)]
-        coefficients = [t for t in (self.alpha_tensor, self.scale_tensor) if t is not None]
-        args = self.alpha, self.alpha_tensor, self.scale, self.scale_tensor, self.weights
-        recording = torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, *coefficients))
-        if recording or hides_gradient((*inputs, *coefficients)):
-            return list(BlendFunction.apply(len(self.targets), *args, *inputs))
-        return list(blend_op(self.targets, inputs[len(self.targets) :], *args))
+        plain = [i for i in range(len(self.targets)) if i not in self.products]
+        outs = {i: product.result(*self._constants(i)) for i, product in self.products.items()}
+        targets, sources, args = self._lists(plain)
+        if plain:
+            inputs = [*targets, *sources]
+            coefficients = [t for t in (self.alpha_tensor, self.scale_tensor) if t is not None]
+            recording = torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, *coefficients))
+            if recording or hides_gradient((*inputs, *coefficients)):
+                results = BlendFunction.apply(len(targets), *args, *inputs)
+            else:
+                results = blend_op(targets, sources, *args)
+            outs.update(zip(plain, results, strict=True))
+        return [outs[i] for i in range(len(self.targets))]
 
     def blend_(self) -> None:
         """Overwrite the targets. The caller enters torch.no_grad: dynamo cannot bind a decorated method here."""
@@ -230,17 +257,30 @@ class _Plan:
             kept = written_once(labels, self.targets, self.rows, list(coefficients))
         for t, source in self.copies:
             t.copy_(source)
-        if not kept:
-            return
-        blend_inplace_op(
-            [self.targets[i] for i in kept],
-            [s for i in kept for s in self.rows[i]],
-            [self.alpha[i] for i in kept] if self.alpha else [],
-            None if self.alpha_tensor is None else self.alpha_tensor[kept],
-            [self.scale[i] for i in kept] if self.scale else [],
-            None if self.scale_tensor is None else self.scale_tensor[kept],
-            self.weights,
-        )
+        plain = [i for i in kept if i not in self.products]
+        if plain:
+            targets, sources, args = self._lists(plain)
+            blend_inplace_op(targets, sources, *args)
+        for i in kept:
+            if i in self.products:
+                self.products[i].overwrite(*self._constants(i))
+
+    def _lists(self, kept: Sequence[int]) -> tuple[list[Tensor], list[Tensor], tuple[Any, ...]]:
+        """Targets, sources and the other arguments of the op, of those at these positions."""
+        every = len(kept) == len(self.targets)
+
+        def part(constants: list[float], tensor: Tensor | None) -> tuple[list[float], Tensor | None]:
+            if every:
+                return constants, tensor
+            return [constants[i] for i in kept] if constants else [], None if tensor is None else tensor[kept]
+
+        args = *part(self.alpha, self.alpha_tensor), *part(self.scale, self.scale_tensor), self.weights
+        return [self.targets[i] for i in kept], [s for i in kept for s in self.rows[i]], args
+
+    def _constants(self, i: int) -> tuple[float, float]:
+        """Alpha and the scale of the only source of a product."""
+        scale = self.scale[i] if self.scale else 1 - self.alpha[i]
+        return self.alpha[i], scale * self.weights[0]
 
     def _shown(self, coefficient: str) -> list[float | None]:
         """Coefficients per target as far as the host knows them."""
@@ -257,6 +297,67 @@ class _Plan:
             # Buffers stay out of the graph: batch_norm takes no statistics that require grad.
             new = {name: t if name in self.parameters else t.detach() for name, t in new.items()}
         return {name: new[name] if name in new else t.clone() for name, t in self.given.tensors.items()}
+
+
+class _Product(NamedTuple):
+    """``alpha * target + scale * (source W^T + b)`` as one GEMM: the target is its accumulator, nothing is between."""
+
+    target: Tensor  # [..., d_target], contiguous
+    source: Tensor  # [..., d_source]
+    weight: Tensor  # [d_target, d_source]
+    bias: Tensor | None
+
+    def result(self, alpha: float, scale: float) -> Tensor:
+        """The blended tensor, differentiable."""
+        width, inner = self.weight.shape
+        flat = torch.addmm(
+            self.target.reshape(-1, width),
+            self.source.reshape(-1, inner),
+            self.weight.T,
+            beta=alpha,
+            alpha=scale,
+        )
+        if self.bias is not None:
+            flat = flat + scale * self.bias
+        return flat.reshape(self.target.shape)
+
+    def overwrite(self, alpha: float, scale: float) -> None:
+        """The target in place."""
+        width, inner = self.weight.shape
+        flat = self.target.view(-1, width)
+        flat.addmm_(self.source.reshape(-1, inner), self.weight.T, beta=alpha, alpha=scale)
+        if self.bias is not None:
+            flat.add_(self.bias, alpha=scale)
+
+
+def _as_product(transform: Any, source: Tensor, target: Tensor) -> _Product | None:
+    """A matrix or a linear layer for tensors of one dtype that a GEMM blends as exactly as the op would, else None.
+
+    Of 16 bits the product would be rounded before it is added.
+    """
+    if isinstance(transform, Tensor):
+        weight, bias = transform, None
+    elif (
+        isinstance(transform, nn.Linear)
+        and type(transform).forward is nn.Linear.forward
+        and not (transform._forward_hooks or transform._forward_pre_hooks)
+    ):
+        weight, bias = transform.weight, transform.bias
+    else:
+        return None
+    operands = [t for t in (target, source, weight, bias) if t is not None]
+    if not is_compiling() and len({t.untyped_storage().data_ptr() for t in operands}) < len(operands):
+        return None  # a GEMM cannot overwrite what it reads
+    fits = (
+        weight.dim() == 2
+        and source.dim() > 0
+        and target.is_contiguous()
+        and target.shape == (*source.shape[:-1], weight.shape[0])
+        and source.shape[-1] == weight.shape[1]
+        and target.dtype in (torch.float32, torch.float64)
+        and len({(t.dtype, t.device, t.layout) for t in operands}) == 1
+    )
+    return _Product(target, source, weight, bias) if fits else None
 
 
 def _mapped(transform: Any, source: Tensor, target: Tensor, other: Collection, name: str) -> Tensor:
@@ -307,7 +408,8 @@ def _apply(transform: Any, source: Tensor) -> Tensor:
     return mapped
 
 
-def _check_weights(sources: Any, weights: Sequence[float] | None) -> list[float]:
+def _check_weights(sources: Any, weights: Sequence[float] | None, *, one: bool) -> list[float]:
+    """As numbers; ``one``: that sum to 1."""
     if isinstance(sources, (Tensor, Mapping, nn.Module)) or not isinstance(sources, Sequence):
         raise TypeError(f"sources must be a list of sources, got {type(sources).__name__}")
     if not sources:
@@ -319,9 +421,11 @@ def _check_weights(sources: Any, weights: Sequence[float] | None) -> list[float]
     values = [check_number(f"weights[{i}]", w, float("-inf")) for i, w in enumerate(weights)]
     if len(values) != len(sources):
         raise ValueError(f"weights must be one number per source ({len(sources)}), got {len(values)}")
+    if not one:
+        return values
     total = sum(values)
     if not abs(total - 1) <= 1e-6:
-        raise ValueError(f"weights must sum to 1, got a sum of {total:g}")
+        raise ValueError(f"weights must sum to 1 without source_scale, got a sum of {total:g}")
     return [w / total for w in values]
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fasttransfer import blend_, blend_many_
+from fasttransfer import blend_, blend_many, blend_many_
 from fasttransfer.ops.blend import blend_plain_op
 from tests.layouts import LAYOUTS, lay_out, surroundings_intact
 
@@ -181,3 +181,18 @@ def test_lists_of_all_lengths_over_threads(backend, threads):
         target = [torch.full((997,), float(i)) for i in range(count)]
         blend_(target, [torch.zeros(997) for _ in range(count)], 0.75)
         assert all((t == 0.75 * i).all() for i, t in enumerate(target))
+
+
+def test_task_vectors_are_added_and_subtracted(backend):
+    """base + sum_i l_i (tuned_i - base): weights that need not sum to 1, nor to anything but 0."""
+    base, tuned = [torch.randn(50)], [[torch.randn(50)] for _ in range(3)]
+    for shares in ([0.5, 0.3, -0.2], [1.0, -1.0, 0.0], [2.0, 1.0, 1.0]):
+        expected = base[0].double()
+        expected = expected + sum(x * (t[0].double() - expected) for x, t in zip(shares, tuned, strict=True))
+        out = blend_many(base, tuned, 1 - sum(shares), weights=shares, source_scale=1.0)
+        torch.testing.assert_close(out[0].double(), expected, rtol=1e-6, atol=1e-6)
+        inplace = [base[0].clone()]
+        blend_many_(inplace, tuned, 1 - sum(shares), weights=shares, source_scale=1.0)
+        assert torch.equal(inplace[0], out[0])
+    with pytest.raises(ValueError, match="weights must sum to 1 without source_scale"):
+        blend_many(base, tuned, 0.5, weights=[1.0, -1.0, 0.0])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from fasttransfer import blend, blend_, blend_many, blend_many_
+from fasttransfer import LinearMap, blend, blend_, blend_many, blend_many_
 from tests import oracle
 from tests.nets import Net, move, tied
 
@@ -173,6 +173,7 @@ def test_patterns_that_leave_a_name_out_or_match_nothing(models, alpha, words):
 
 
 def test_transform_as_matrix_module_function_and_mapping(backend):
+    close = torch.testing.assert_close  # one GEMM, or a product and then a blend
     t, s, matrix = torch.randn(3, 4), torch.randn(3, 6), torch.randn(4, 6)
     linear = nn.Linear(6, 4, bias=False)
     with torch.no_grad():
@@ -180,14 +181,46 @@ def test_transform_as_matrix_module_function_and_mapping(backend):
     mapped = torch.nn.functional.linear(s, matrix)
     expected = blend(t, mapped, 0.3)
     for transform in (matrix, linear, lambda x: x @ matrix.T):
-        assert torch.equal(blend(t, s, 0.3, transform=transform), expected)
-        assert torch.equal(blend_(t.clone(), s, 0.3, transform=transform), expected)
-        assert torch.equal(blend([t], [s], 0.3, transform=transform)[0], expected)
+        close(blend(t, s, 0.3, transform=transform), expected)
+        close(blend_(t.clone(), s, 0.3, transform=transform), expected)
+        close(blend([t], [s], 0.3, transform=transform)[0], expected)
     named = blend({"a": t, "b": t}, {"a": s, "b": t + 1}, 0.3, transform={"a": matrix})
-    assert torch.equal(named["a"], expected)
+    close(named["a"], expected)
     assert torch.equal(named["b"], blend(t, t + 1, 0.3))
     twice = blend({"a": t, "b": t}, {"a": s, "b": s}, 0.3, transform={"a": linear, "*": matrix})
     assert torch.equal(twice["a"], twice["b"])
+
+
+def test_products_are_blended_by_their_gemm(backend):
+    """Forward, in place and all gradients are those of the two steps; alpha 0, a bias, a source without rows."""
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        t, s = torch.randn(2, 3, 4).to(dtype), torch.randn(2, 3, 6).to(dtype)
+        layer = LinearMap(6, 4, dtype=dtype)
+        bound = {"rtol": 1e-2, "atol": 1e-2} if dtype == torch.bfloat16 else {}
+        for alpha, scale in ((0.3, None), (0.0, None), (1.0, 1.0), (-0.5, 2.0)):
+            leaves = [x.clone().requires_grad_() for x in (t, s)]
+            parameters = list(layer.parameters())
+            out = blend(*leaves, alpha, source_scale=scale, transform=layer)
+            b = 1 - alpha if scale is None else scale
+            expected = alpha * leaves[0] + b * layer(leaves[1])
+            torch.testing.assert_close(out, expected, **bound)
+            upstream = torch.randn_like(out)
+            for x, y in zip(
+                torch.autograd.grad(out, [*leaves, *parameters], upstream),
+                torch.autograd.grad(expected, [*leaves, *parameters], upstream),
+                strict=True,
+            ):
+                torch.testing.assert_close(x, y, **bound)
+            inplace = t.clone()
+            assert blend_(inplace, s, alpha, source_scale=scale, transform=layer) is inplace
+            torch.testing.assert_close(inplace, expected.detach(), **bound)
+    assert blend(torch.zeros(0, 4), torch.zeros(0, 6), 0.3, transform=torch.zeros(4, 6)).shape == (0, 4)
+    square, matrix = torch.randn(4, 4), torch.randn(4, 4)
+    for own in (square, matrix):  # a target that is also what it is computed from
+        expected = 0.3 * own + 0.7 * square @ matrix.T
+        source, transform = (own, matrix) if own is square else (square, own)
+        torch.testing.assert_close(blend_(own, source, 0.3, transform=transform), expected)
+        square = torch.randn(4, 4)
 
 
 def test_transform_of_a_smaller_model_into_a_larger_one(backend):
