@@ -22,6 +22,7 @@ void meet(Meeting& m, int first, int expected, State state, const Where& where) 
   } else {
     m.arrived = 0;
     m.turn ^= 1;
+    m.once = true;
     for (int i = first; i < first + expected; ++i) cluster.threads[i].state = State::kReady;
   }
   order_acquire(token);

@@ -103,6 +103,9 @@ void* mapped_to(void* p, int rank, const Where& where) {
   const int64_t offset = static_cast<unsigned char*>(p) - running_block().arena;
   if (offset < 0 || offset > current_launch.grid.shared_bytes)
     fail("in_block of a pointer outside shared memory", where);
+  if (rank != self->rank && !cluster.meeting.once) {
+    fail("in_block before any cluster_barrier, of a block that may not have started", where);
+  }
   if (cluster.blocks[rank].live == 0) fail("in_block of a block that has exited", where);
   return cluster.blocks[rank].arena + offset;
 }

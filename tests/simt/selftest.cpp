@@ -103,6 +103,7 @@ FT_KERNEL void wrong_kernel(FT_PARAMS(Params) p) {
       *shared<volatile float>(1028) = 1;
       break;
     case 12:  // the other block has exited, or exits before it is read
+      cluster_barrier();
       if (cluster_rank() == 0) *in_block(mine, 1) = 1;
       if (cluster_rank() == 1) *in_block(mine, 0) = 1;
       break;
@@ -136,11 +137,15 @@ FT_KERNEL void wrong_kernel(FT_PARAMS(Params) p) {
       if (t == 0) store(p.out, load(p.in + p.n));
       break;
     case 21:  // for ASan and TSan: a remote write that nothing orders before the exit of its block
+      cluster_barrier();
       if (cluster_rank() == 0) {
         float* const there = in_block(mine, 1);
         for (int i = 0; i < 3; ++i) barrier();
         if (t == 0) *there = 1;
       }
+      break;
+    case 22:  // the other block may not have started
+      *in_block(mine, 1 - cluster_rank()) = 1;
       break;
   }
 }
@@ -265,6 +270,7 @@ int main(int count, char** arguments) {
   wrong(13, 2, "outside the cluster");
   wrong(14, 2, "exits while others wait");
   wrong(15, 1, "outside shared memory");
+  wrong(22, 2, "may not have started");
 #endif
   {
     std::unique_ptr<float[]> out(new float[1]());

@@ -30,7 +30,8 @@ struct Thread : Self {
 // before another one has left this one.
 struct Meeting {
   int arrived = 0, turn = 0;
-  Where where;  // of the first to arrive
+  bool once = false;  // all have met here once
+  Where where;        // of the first to arrive
   char* token[2] = {};
 };
 
