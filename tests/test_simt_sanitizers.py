@@ -2,48 +2,46 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from tests.simt import build
 
-HERE = Path(__file__).resolve().parent / "simt"
-CASES = sorted(path.stem for path in HERE.glob("cases_*.cpp"))
+CASES = [name for name in build.names() if name != "selftest"]
 pytestmark = pytest.mark.skipif(bool(build.why_not()), reason=str(build.why_not()))
 
 
-def run(program: Path, *arguments: str) -> tuple[int, str]:
+def run(name: str, sanitizer: str, *arguments: str) -> tuple[int, str]:
+    program = build.ROOT / build.Programs().path(name, sanitizer)
     done = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=600)
     return done.returncode, done.stdout + done.stderr
 
 
-@pytest.fixture(scope="module", params=build.SANITIZERS)
-def sanitizer(request):
-    return request.param
+@pytest.fixture(scope="module")
+def built(request):
+    """What the chosen tests need, compiled at once; and the cases, two at a time, as (name, sanitizer) -> future."""
+    chosen = [item.callspec.params for item in request.session.items if item.module is request.module]
+    wanted = sorted({(params.get("name", "selftest"), params["sanitizer"]) for params in chosen})
+    build.Programs().build(wanted)
+    with ThreadPoolExecutor(2) as pool:
+        yield {key: pool.submit(run, *key) for key in wanted if key[0] in CASES}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-def test_every_path_of_the_kernels(name, sanitizer):
+@pytest.mark.parametrize("sanitizer", build.SANITIZERS)
+def test_every_path_of_the_kernels(name, sanitizer, built):
     """Buffers of exact size; results against double; threads and blocks from the first and from the last."""
-    if name == "cases_kd" and sanitizer != "plain":
-        pytest.skip("the programs of the single paths cover its kernels, and compile in half the time")
-    if (
-        name.startswith("cases_kd")
-        and sanitizer != "plain"
-        and not os.environ.get("FASTTRANSFER_SANITIZE_KD")
-    ):
-        pytest.skip("not part of CI yet: minutes of compiling; FASTTRANSFER_SANITIZE_KD=1 runs it")
-    status, output = run(build.program(name, sanitizer))
+    status, output = built[name, sanitizer].result()
     assert status == 0, output[-4000:]
     assert "checks, 0 failures" in output
 
 
-def test_the_harness_finds_what_it_says(sanitizer):
-    status, output = run(build.program("selftest", sanitizer))
+@pytest.mark.parametrize("sanitizer", build.SANITIZERS)
+def test_the_harness_finds_what_it_says(sanitizer, built):
+    status, output = run("selftest", sanitizer)
     assert status == 0, output[-4000:]
     assert output.splitlines()[-1] == "0 failures"
 
@@ -61,7 +59,7 @@ def test_the_harness_finds_what_it_says(sanitizer):
         ("tsan", 21, "data race"),
     ],
 )
-def test_errors_that_a_sanitizer_finds(sanitizer, kernel, words):
-    status, output = run(build.program("selftest", sanitizer), str(kernel))
+def test_errors_that_a_sanitizer_finds(sanitizer, kernel, words, built):
+    status, output = run("selftest", sanitizer, str(kernel))
     assert status != 0
     assert words in output

@@ -1,22 +1,24 @@
 """Compile the kernels of csrc/cuda for the CPU: the library of the backend `simt`, and standalone programs.
 
-python -m tests.simt.build            # the library, into build/simt
-python -m tests.simt.build asan kd    # a program and its sanitizer: plain, asan or tsan; selftest, kd, ...
+python -m tests.simt.build                     # the library, into build/simt
+python -m tests.simt.build asan cases_kd_row   # a program and its sanitizer: plain, asan or tsan
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from build_tools import probe
 from build_tools.compile import TORCH_LIBRARIES, TORCH_TARGET, torch_includes
-from build_tools.ninja_file import Library, Unit, make, quote
+from build_tools.ninja_file import Library, Unit, jobs, make, quote
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MACHINE = tuple(f"tests/simt/{name}.cpp" for name in ("machine", "meetings", "memory", "settings", "fiber"))
@@ -33,10 +35,10 @@ class Sanitizer:
 
 ASAN = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 SANITIZERS = {
-    "plain": Sanitizer(("-O1", "-g", "-DFT_SIMT_COUNT"), ()),
-    "asan": Sanitizer(("-O1", "-g", "-DFT_SIMT_ASAN", *ASAN), ()),
+    "plain": Sanitizer(("-O1", "-DFT_SIMT_COUNT"), ()),
+    "asan": Sanitizer(("-O1", "-DFT_SIMT_ASAN", *ASAN), ()),
     # GCC's TSan does not follow a struct passed by value to a call: functions of kernels are always inlined.
-    "tsan": Sanitizer(("-O1", "-g", "-DFT_SIMT_TSAN"), ("-fsanitize=thread",)),
+    "tsan": Sanitizer(("-O1", "-DFT_SIMT_TSAN"), ("-fsanitize=thread",)),
 }
 
 
@@ -88,23 +90,6 @@ def _make(root: Path, library: Library) -> Path:
     return path
 
 
-def _library(
-    root: Path, folder: str, name: str, units: list[Unit], link: str, flags: tuple[str, ...]
-) -> Library:
-    compiler, problem = find_compiler()
-    if compiler is None:
-        raise BuildFailed(problem)
-    command = quote(compiler.command)
-    return Library(
-        folder=root / folder,
-        name=name,
-        compile=f"{command} -MD -MF $out.d $flags -c $in -o $out",
-        link=f"{command} {link} $in -o $out $flags",
-        link_flags=flags,
-        units=units,
-    )
-
-
 def library(root: Path = ROOT) -> Path:
     """The shared library that registers the CUDA ops as CPU ops of the namespace fasttransfer_simt."""
     torch, problem = probe.find_torch()
@@ -115,19 +100,85 @@ def library(root: Path = ROOT) -> Path:
     names = ("-DFT_NAMESPACE=fasttransfer_simt", "-DFT_KEY=CPU", TORCH_TARGET, *torch_includes(torch))
     units = [Unit(s, f"{folder}/{Path(s).stem}.o", flags) for s in MACHINE]
     units += [Unit(s, f"{folder}/{Path(s).name}.o", ("-xc++", *flags, *names)) for s in sources(root)]
-    link = (f"-L{torch.root / 'lib'}", *TORCH_LIBRARIES)
-    return _make(root, _library(root, folder, "libfasttransfer_simt.so", units, "-shared", link))
+    compiler, problem = find_compiler()
+    if compiler is None:
+        raise BuildFailed(problem)
+    command = quote(compiler.command)
+    library = Library(
+        folder=root / folder,
+        name="libfasttransfer_simt.so",
+        compile=f"{command} -MD -MF $out.d $flags -c $in -o $out",
+        link=f"{command} -shared $in -o $out $flags",
+        link_flags=(f"-L{torch.root / 'lib'}", *TORCH_LIBRARIES),
+        units=units,
+    )
+    return _make(root, library)
 
 
-def program(name: str, sanitizer: str, root: Path = ROOT, output: str | None = None) -> Path:
-    """A standalone program: selftest.cpp, or cases_<op>.cpp over kernels without torch."""
-    build = SANITIZERS[sanitizer]
-    folder = output or f"build/simt/{name}-{sanitizer}"
-    source = f"tests/simt/{name}.cpp"
-    flags = (*FLAGS, *build.both, *contraction())
-    units = [Unit(s, f"{folder}/{Path(s).stem}.o", flags) for s in MACHINE]
-    units.append(Unit(source, f"{folder}/{name}.o", (*flags, *build.kernels)))
-    return _make(root, _library(root, folder, name, units, "", (*build.both, *build.kernels)))
+@dataclass(frozen=True)
+class Programs:
+    """The standalone programs, cases_<op>.cpp over kernels without torch and selftest.cpp, one per sanitizer."""
+
+    folder: str = "build/simt/programs"
+    flags: tuple[str, ...] = (*FLAGS, "-g1")
+    machine: tuple[str, ...] = MACHINE  # compiled once per sanitizer
+
+    def path(self, name: str, sanitizer: str) -> str:
+        return f"{self.folder}/{sanitizer}/{name}"
+
+    def write(self, root: Path) -> Path:
+        """A ninja file of all of them: redone is what has a new source, header or flag."""
+        from ninja import ninja_syntax
+
+        compiler, problem = find_compiler()
+        if compiler is None:
+            raise BuildFailed(problem)
+        command = quote(compiler.command)
+        file = root / self.folder / "build.ninja"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("w") as stream:
+            ninja = ninja_syntax.Writer(stream, width=200)
+            ninja.variable("builddir", self.folder)
+            ninja.rule(
+                "compile", f"{command} -MD -MF $out.d $flags -c $in -o $out", depfile="$out.d", deps="gcc"
+            )
+            ninja.rule("link", f"{command} $flags $in -o $out")
+            for sanitizer, build in SANITIZERS.items():
+                flags = (*self.flags, *build.both, *contraction())
+                machine = [f"{self.folder}/{sanitizer}/{Path(source).stem}.o" for source in self.machine]
+                for source, target in zip(self.machine, machine, strict=True):
+                    ninja.build(target, "compile", source, variables={"flags": quote(flags)})
+                for name in names():
+                    target = self.path(name, sanitizer)
+                    kernels = quote((*flags, *build.kernels))
+                    source = f"tests/simt/{name}.cpp"
+                    ninja.build(f"{target}.o", "compile", source, variables={"flags": kernels})
+                    ninja.build(target, "link", [f"{target}.o", *machine], variables={"flags": kernels})
+        return file
+
+    def build(self, wanted: Iterable[tuple[str, str]], root: Path = ROOT) -> None:
+        """Compiles and links these (name, sanitizer), as many at once as there are processors."""
+        import ninja
+
+        file = self.write(root).relative_to(root)
+        targets = [self.path(name, sanitizer) for name, sanitizer in wanted]
+        command = [os.path.join(ninja.BIN_DIR, "ninja"), "-f", str(file), *jobs(os.environ), *targets]
+        done = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if done.returncode != 0:
+            raise BuildFailed(done.stdout[-8000:])
+
+
+def names(root: Path = ROOT) -> list[str]:
+    """The slowest to compile first."""
+    cases = [path.stem for path in root.glob("tests/simt/cases_*.cpp")]
+    return [*sorted(cases, key=lambda name: (not name.startswith("cases_kd_"), name)), "selftest"]
+
+
+def program(name: str, sanitizer: str) -> Path:
+    """One standalone program, built."""
+    programs = Programs()
+    programs.build([(name, sanitizer)])
+    return ROOT / programs.path(name, sanitizer)
 
 
 if __name__ == "__main__":

@@ -16,10 +16,21 @@
 
 extern "C" int ft_simt_set_machine(const char* name);
 extern "C" int ft_simt_set_order(const char* name);
+extern "C" int64_t ft_simt_launches();
+extern "C" void ft_simt_reset();
+extern "C" void ft_simt_launch(int64_t i, int64_t* out);
 
 namespace ft::cases {
 
 inline int failures = 0, checks = 0;
+
+// Counts a failure, and says it if it is one of the first. With FT_CASES_STOP set (mutate.py), no other follows.
+template <class... Values>
+void fail(const char* format, Values... values) {
+  static const bool stop = std::getenv("FT_CASES_STOP") != nullptr;
+  if (++failures <= 20) std::printf(format, values...);
+  if (stop) std::_Exit(1);
+}
 
 // The same numbers everywhere.
 class Random {
@@ -137,8 +148,7 @@ class Buffer {
 
 inline void expect(bool right, const std::string& what) {
   ++checks;
-  if (right) return;
-  if (++failures <= 20) std::printf("FAIL  %s\n", what.c_str());
+  if (!right) fail("FAIL  %s\n", what.c_str());
 }
 
 // Written so that a NaN is not within any tolerance. The words are put together only where they are needed.
@@ -146,11 +156,8 @@ inline void expect_close(double actual, double exact, double tolerance, const st
   ++checks;
   const bool both_nan = actual != actual && exact != exact;
   if (both_nan || actual == exact || std::fabs(actual - exact) <= tolerance) return;
-  if (++failures <= 20) {
-    std::printf("FAIL  %s", what.c_str());
-    if (index >= 0) std::printf(" [%lld]", static_cast<long long>(index));
-    std::printf(": %.9g, exactly %.9g, allowed %.3g\n", actual, exact, tolerance);
-  }
+  const std::string at = index < 0 ? "" : " [" + std::to_string(index) + "]";
+  fail("FAIL  %s%s: %.9g, exactly %.9g, allowed %.3g\n", what.c_str(), at.c_str(), actual, exact, tolerance);
 }
 
 // One rounding to the buffer's type of a value within `slack` of exact.
@@ -158,6 +165,42 @@ inline void expect_rounded(const Buffer& b, int64_t i, double exact, double slac
   const double step = std::max(roundoff(b.dtype()) * (std::fabs(exact) + slack), smallest_step(b.dtype()));
   expect_close(b.get(i), exact, slack + 1.001 * step, what, i);
 }
+
+// The launches of one call, where the build counts them.
+struct Launched {
+  int64_t blocks, threads, cluster, shared_bytes, loaded, stored, kernel;
+};
+class Counted {
+ public:
+#if defined(FT_SIMT_COUNT)
+  static constexpr bool kCounts = true;
+  Counted() { ft_simt_reset(); }
+  std::vector<Launched> launches() const {
+    std::vector<Launched> all;
+    for (int64_t i = 0; i < ft_simt_launches(); ++i) ft_simt_launch(i, &all.emplace_back().blocks);
+    return all;
+  }
+#else
+  static constexpr bool kCounts = false;
+  std::vector<Launched> launches() const { return {}; }
+#endif
+  // Requested bytes of all launches.
+  void expect_bytes(int64_t loaded, int64_t stored, const std::string& what) const {
+    if (!kCounts) return;
+    for (const Launched& l : launches()) {
+      loaded -= l.loaded;
+      stored -= l.stored;
+    }
+    expect(loaded == 0 && stored == 0, what + ": requested bytes");
+  }
+};
+
+// What a sanitizer sees does not depend on the order.
+#if defined(FT_SIMT_ASAN) || defined(FT_SIMT_TSAN)
+constexpr bool kOneOrder = true;
+#else
+constexpr bool kOneOrder = false;
+#endif
 
 // Runs `all` on these machines, threads and blocks from the first and from the last. Arguments: one machine, one
 // order.
@@ -168,6 +211,7 @@ int main_of(int count, char** arguments, std::initializer_list<const char*> mach
       if (count > 1 && std::strcmp(arguments[1], machine) != 0) continue;
       ft_simt_set_machine(machine);
       for (const char* order : {"forward", "reverse"}) {
+        if (kOneOrder && count < 3 && std::strcmp(order, "reverse") != 0) continue;
         if (count > 2 && std::strcmp(arguments[2], order) != 0) continue;
         ft_simt_set_order(order);
         const int before = checks;

@@ -22,6 +22,7 @@ struct Spec {
   int64_t n;
   std::vector<int> offsets;  // of the output, the target, the sources; repeated where too short
   bool in_place = false;     // the output is the target's memory
+  bool agree = false;        // all operands hold the same values
 
   int offset(size_t i) const { return offsets[i % offsets.size()]; }
 };
@@ -69,6 +70,7 @@ void run(const std::vector<Spec>& specs, const Mix& mix, Known known, int few_bl
   double sum = mix.alpha;
   for (double w : mix.weights) sum += mix.scale * w;
 
+  int64_t loaded = 0, stored = 0;
   std::vector<Operands> list;
   Items items(lists::blend_stride(int64_t(k) + 1), specs.size());
   for (int64_t i = 0; i < count; ++i) {
@@ -81,7 +83,11 @@ void run(const std::vector<Spec>& specs, const Mix& mix, Known known, int few_bl
       o.terms.push_back(std::make_unique<Buffer>(s.types[j % s.types.size()], s.n, s.offset(j + 1)));
       Buffer& b = *o.terms.back();
       const double weight = j == 0 ? 1 : mix.weights[j - 1], coef = weight * (j == 0 ? mix.alpha : mix.scale);
-      if (coef != 0) b.fill(random, 1);  // else NaN, which must not be read
+      if (s.agree) {
+        for (int64_t e = 0; e < s.n; ++e) b.set(e, std::sin(double(e + i)));
+      } else if (coef != 0) {
+        b.fill(random, 1);  // else NaN, which must not be read
+      }
       o.before.emplace_back(s.n);
       for (int64_t e = 0; e < s.n; ++e) o.before.back()[e] = coef != 0 ? b.get(e) : 0;
       // In memory: what a value of BlendCoefs is multiplied by, or the coefficient itself where it has none.
@@ -97,6 +103,8 @@ void run(const std::vector<Spec>& specs, const Mix& mix, Known known, int few_bl
     item.convex = std::fabs(sum - 1) < 1e-12;
     runs.push_back({item.out, o.result().dtype()});
     for (const BlendTerm& t : terms) runs.push_back({t.data, t.dtype});
+    for (const BlendTerm& t : terms) loaded += s.n * size_of(t.dtype);
+    stored += s.n * size_of(o.result().dtype());
     lists::choose_way(item, runs.data(), runs.size(), s.n);
     unsigned char* const at = items.add();
     std::memcpy(at, &item, sizeof item);
@@ -112,6 +120,7 @@ void run(const std::vector<Spec>& specs, const Mix& mix, Known known, int few_bl
   if (known == Known::kAlphaInMemory) coefs.complementary = true;
   if (in_memory && known != Known::kAlphaInMemory) coefs.scale = {scales.data(), 0, is_double};
   const std::vector<Slice> slices = items.cut();
+  const Counted counted;
   if (few_blocks) {
     lists::with_table_size(items, slices[0], [&](auto bytes) {
       BlendCall<bytes()> call;
@@ -122,6 +131,7 @@ void run(const std::vector<Spec>& specs, const Mix& mix, Known known, int few_bl
   } else {
     lists::launch_blend(items, slices, coefs, {});
   }
+  if (!in_memory) counted.expect_bytes(loaded, stored, "blend of " + std::to_string(count));
 
   for (int64_t i = 0; i < count; ++i) {
     const Spec& s = specs[i];
@@ -137,13 +147,45 @@ void run(const std::vector<Spec>& specs, const Mix& mix, Known known, int few_bl
         exact += coef * o.before[j][e];
         size += std::max(1.0, std::fabs(coef)) * std::fabs(o.before[j][e]);
       }
-      expect_rounded(o.result(), e, exact, (4.0 + double(k)) * unit * size, text);
+      const double first = o.before[0][e];
+      if (s.agree) {
+        expect(o.result().get(e) == first, text + ": where all agree, exactly that");
+      } else if (mix.alpha == 0.5 && mix.scale == 0.5 && k == 1 && s.out == DType::kFloat32) {
+        // Around the first of two that weigh the same.
+        const float around = float(first) + 0.5f * (float(o.before[1][e]) - float(first));
+        expect(o.result().get(e) == double(around), text + ": around the target");
+      } else {
+        expect_rounded(o.result(), e, exact, (4.0 + double(k)) * unit * size, text);
+      }
     }
     expect(o.result().intact(), text + ": memory beside it");
   }
 }
 
+// The host's arithmetic, where running what it plans would take too long.
+void plans() {
+  const int64_t chunk = lists::kChunk, most = int64_t{1} << 31;
+  for (int64_t chunks : {1, 2, 3}) {
+    for (int head : {0, 3}) {
+      expect(lists::chunks_of(chunks * chunk + head, head) == chunks, "no chunk without elements");
+      expect(lists::chunks_of(chunks * chunk + head + 1, head) == chunks + 1, "a chunk for the last element");
+    }
+  }
+  Items items(lists::blend_stride(4));
+  const Slice full = {0, lists::kSmallTable / items.stride(), 1};
+  expect(full.count * items.stride() == lists::kSmallTable, "items that fill the table exactly");
+  lists::with_table_size(items, full, [](auto bytes) { expect(bytes == lists::kSmallTable, "the smaller table"); });
+  for (int64_t n : {most / 2 * chunk, most / 2 * chunk, chunk}) {
+    BlendItem item = {};
+    item.n = n;
+    std::memcpy(items.add(), &item, sizeof item);
+  }
+  const std::vector<Slice> slices = items.cut();
+  expect(slices.size() == 2 && slices[0].count == 2 && slices[0].chunks == most, "2^31 chunks are one launch");
+}
+
 void all(const char*) {
+  plans();
   constexpr DType kTypes[] = {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16};
   const Mix two = {0.75, 0.25, {1}}, sum = {1, 1, {1}}, three = {0.25, 0.75, {0.5, 0.5}};
   const Mix five = {0.5, 0.5, {0.25, 0.125, 0.375, 0.25}}, gaps = {0.125, 0.875, {0, 0.25, 0, 0.75, 0}};
@@ -160,6 +202,15 @@ void all(const char*) {
   for (const Mix& mix : {two, sum, gaps, minus, nothing}) run(list, mix, Known::kBothInMemory);
   run(list, five, Known::kBothInDouble);
   run(list, five, Known::kScaleInMemory, 3);
+  for (Known known : {Known::kAll, Known::kAlphaInMemory}) run(list, {0.5, 0.5, {1}}, known);
+  for (Spec& s : list) s.agree = true;
+  for (Known known : {Known::kAll, Known::kAlphaInMemory, Known::kBothInDouble}) run(list, {0.7, 0.3, {1}}, known);
+
+  // A table with no room for a further term: the last one's is the end of the argument.
+  const int64_t stride = lists::blend_stride(3), fitting = lists::kSmallTable / stride;
+  expect(lists::kSmallTable - fitting * stride < int64_t(sizeof(BlendTerm)), "the table is full");
+  list.assign(size_t(fitting), {{DType::kFloat32}, DType::kFloat32, 9, {0}});
+  for (const Mix& mix : {three, keep}) run(list, mix, Known::kAlphaInMemory);
 
   list.clear();
   for (DType a : kTypes) {

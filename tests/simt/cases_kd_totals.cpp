@@ -11,6 +11,14 @@ using namespace ft::cases;
 using namespace ft::distill;
 
 void totals() {
+  for (const auto [rows, blocks] : {std::pair<int64_t, int64_t>{0, 1},
+                                    {1, 1},
+                                    {kTotalRows, 1},
+                                    {kTotalRows + 1, 2},
+                                    {512 * kTotalRows, 512},
+                                    {600 * kTotalRows, 512}}) {
+    expect(total_blocks(rows) == blocks, "blocks for " + std::to_string(rows) + " rows");
+  }
   for (int64_t count : {int64_t{1}, int64_t{5}, int64_t{700}, kTotalRows, kTotalRows + 1, 2 * kTotalRows + 77}) {
     Random random(count);
     Buffer numbers(DType::kFloat64, count), weights(DType::kFloat32, count), labels(DType::kFloat64, count);
@@ -81,9 +89,14 @@ void scale_case(DType dtype, int64_t rows, int64_t columns, int gap, int stride,
   call.upstream_per_row = per_row;
   call.in_place = in_place;
   call.grad_scales = with_scales ? scales.as<float>() : nullptr;
+  const Counted counted;
   launch_kd_scale(call, {});
   const std::string text =
       std::string("kd_scale ") + cases::name_of(dtype) + " " + std::to_string(rows) + "x" + std::to_string(columns);
+  // A warp for each piece of a row, the first of which may begin before it.
+  const int64_t vectors = columns * size_of(dtype) / 16 + 2, pieces = (vectors + kScalePiece - 1) / kScalePiece;
+  const int64_t needed = (rows * pieces + 7) / 8, most = machine().multiprocessors * 8;
+  if (Counted::kCounts) expect(counted.launches()[0].blocks == std::min(needed, most), text + ": blocks");
   for (int64_t i = 0; i < rows; ++i) {
     const double f = upstream.get(per_row ? i : 0) * (with_scales ? scales.get(i) : 1);
     for (int64_t v = 0; v < columns; ++v) {
@@ -103,6 +116,7 @@ void scales() {
       scale_case(dtype, 4, columns, 1, 1, 0, true, false, true, 1);
       scale_case(dtype, 2, columns, 0, 1, 0, true, false, false, 1);
       scale_case(dtype, 40, columns, 0, 1, 0, true, false, false, 2);
+      if (columns == 64) scale_case(dtype, 300, columns, 0, 1, 0, true, false, false, 2);  // blocks take several
     }
   }
 }

@@ -11,7 +11,7 @@ inline std::vector<KdSpec> variants(DType student, DType teacher, int64_t column
   plain.student = student;
   plain.teacher = teacher;
   plain.columns = columns;
-  std::vector<KdSpec> list(10, plain);
+  std::vector<KdSpec> list(12, plain);
   list[1].gap = 1;  // rows that start anywhere in a vector, alike in both
   list[1].temperature = 2;
   list[1].label_weight = 0.25;  // a third exponential
@@ -24,6 +24,7 @@ inline std::vector<KdSpec> variants(DType student, DType teacher, int64_t column
   list[3].stride = 2;
   list[3].row_temperature = list[3].row_weight = list[3].double_values = true;
   list[3].rows = 5;
+  list[3].inner = 2;
   list[3].loss = 1;
   list[4].padding = 5;
   list[4].in_place = true;
@@ -36,7 +37,7 @@ inline std::vector<KdSpec> variants(DType student, DType teacher, int64_t column
   list[6].label_weight = 1;  // the teacher is not read
   list[6].loss = 2;
   list[7].special = true;
-  list[7].rows = 9;
+  list[7].rows = 12;
   list[7].label_weight = 0.5;
   list[7].temperature = 3;
   list[7].distill_ignored = true;
@@ -47,7 +48,14 @@ inline std::vector<KdSpec> variants(DType student, DType teacher, int64_t column
   list[9].rows = 1;
   list[9].offset_s = list[9].offset_t = list[9].offset_g = 1;
   list[9].row_temperature = true;
-  list[9].special = true;  // of one row: nothing
+  // The last elements before a boundary first, and exponentials that need their maximum.
+  list[10].rows = 1;
+  list[10].offset_s = int(16 / size_of(student)) - 1;
+  list[10].offset_t = int(16 / size_of(teacher)) - 1;
+  list[10].scale = 2000;
+  list[11].rows = 2;
+  list[11].label_weight = 0.5;
+  list[11].smoothing = 0.2;
   return list;
 }
 

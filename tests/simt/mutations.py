@@ -1,4 +1,7 @@
-"""Every barrier, mask and bound of the kernels, changed one at a time: what a mutant is and where they are."""
+"""Every barrier, mask and bound of the kernels, changed one at a time: what a mutant is and where they are.
+
+All mutants of a file are in one copy of it, where each changed place asks mutant.h whether it is the one that runs.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,24 @@ from pathlib import Path
 NOT_KERNELS = {"device.cuh", "launch.cuh"}
 _BARRIER = re.compile(r"(?:device::)?(cluster_barrier|warp_barrier|barrier)\([^()]*\);")
 _MASKED = re.compile(r"\b(shuffle_xor|shuffle|ballot|warp_barrier)(?:<[^<>()]*>)?\((?=[^)])")
-_CLAMP = re.compile(r"\b(?:std::)?(min|max|fminf|fmaxf)(?:<[^<>()]*>)?\(")
-_OTHER_CLAMP = {"min": "max", "max": "min", "fminf": "fmaxf", "fmaxf": "fminf"}
+_CLAMP = re.compile(r"\b(?:std::)?(f?min|f?max|fminf|fmaxf)(?:<[^<>()]*>)?\(")
 _COMPARISON = re.compile(r" (<=|>=|<|>) ")
-_OTHER_COMPARISON = {"<": "<=", "<=": "<", ">": ">=", ">=": ">"}
+_BOUND = {"<": "<=", "<=": "<", ">": ">=", ">=": ">"}
 _TURNED = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}
-_CHOICE = re.compile(
-    r"([\w.:]+) (<|>) ([\w.:]+) \? (?:\1 : \3|\3 : \1)"
-)  # a minimum: at equality nothing changes
-_BY_ONE = re.compile(r" ([+-]) 1\b(?![.\w])")
+# A minimum or maximum: at equality nothing changes.
+_CHOICE = re.compile(r"([\w.:]+) (<|>) ([\w.:]+) \? (?:\1 : \3|\3 : \1)")
+_BY_ONE = re.compile(r" [+-] (1)\b(?![.\w])")
+_OPERATORS = {"<": "Less", "<=": "LessEqual", ">": "Greater", ">=": "GreaterEqual"}
+_HEADER = '#pragma once\n#include "simt/mutant.h"\n'
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Characters [start, end) of a line, and what takes their place; {id}: the mutant's number."""
+
+    start: int
+    end: int
+    text: str
 
 
 @dataclass(frozen=True)
@@ -31,6 +43,8 @@ class Mutant:
     before: str
     after: str
     kind: str
+    number: int  # which of the file's mutants that read alike
+    edits: tuple[Edit, ...]  # that let it be chosen
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -43,24 +57,35 @@ def code_of(line: str) -> str:
     return line.partition("//")[0]
 
 
-def _changes(line: str) -> Iterator[tuple[int, int, str, str]]:
-    """(from, to, in its place, kind) within a line."""
+def _ask(name: str) -> str:
+    return f"::ft::mutant::{name}"
+
+
+def _changes(line: str) -> Iterator[tuple[str, Edit, tuple[Edit, ...]]]:
+    """(kind, what changes in the source, what lets it be chosen) within a line."""
     for found in _BARRIER.finditer(line):
-        yield found.start(), found.end(), ";", found[1]
+        start, end = found.span()
+        yield found[1], Edit(start, end, ";"), (Edit(start, start, f"if (!{_ask('on')}({{id}})) "),)
     for found in _MASKED.finditer(line):
-        end = _argument_end(line, found.end())
-        mask = line[found.end() : end]
-        yield found.end(), end, f"({mask}) >> 1", "mask"
+        start, end = found.end(), _argument_end(line, found.end())
+        asks = Edit(start, start, f"{_ask('mask')}({{id}}, "), Edit(end, end, ")")
+        yield "mask", Edit(start, end, f"({line[start:end]}) >> 1"), asks
     for found in _CLAMP.finditer(line):
-        yield found.start(1), found.end(1), _OTHER_CLAMP[found[1]], "clamp"
-    choices = {found.start(2): found for found in _CHOICE.finditer(line)}
+        other = found[1].translate(
+            str.maketrans("in", "ax") if "min" in found[1] else str.maketrans("ax", "in")
+        )
+        ask = _ask("least" if "min" in found[1] else "greatest")
+        yield "clamp", Edit(*found.span(1), other), (Edit(*found.span(), f"{ask}({{id}}, "),)
+    choices = {found.start(2) for found in _CHOICE.finditer(line)}
     for found in _COMPARISON.finditer(line):
-        if found.start(1) in choices:
-            yield found.start(1), found.end(1), _TURNED[found[1]], "clamp"
-        else:
-            yield found.start(1), found.end(1), _OTHER_COMPARISON[found[1]], "bound"
+        start, end = found.span(1)
+        kind, changed = ("clamp", _TURNED) if start in choices else ("bound", _BOUND)
+        other = changed[found[1]]
+        op = _ask("Op")
+        names = f"{op}::k{_OPERATORS[found[1]]}, {op}::k{_OPERATORS[other]}"
+        yield kind, Edit(start, end, other), (Edit(start, end, f"< {_ask('Compare')}<{{id}}, {names}>() >"),)
     for found in _BY_ONE.finditer(line):
-        yield found.start(), found.end(), f" {found[1]} 0", "by one"
+        yield "by one", Edit(*found.span(1), "0"), (Edit(*found.span(1), f"{_ask('one')}({{id}})"),)
 
 
 def _argument_end(line: str, start: int) -> int:
@@ -77,22 +102,33 @@ def _argument_end(line: str, start: int) -> int:
     return len(line)
 
 
+def _edited(line: str, edits: list[Edit]) -> str:
+    # Of edits at one place the later one is the inner one.
+    for edit in sorted(edits, key=lambda e: e.start, reverse=True):
+        line = line[: edit.start] + edit.text + line[edit.end :]
+    return line
+
+
 def mutants_of(path: Path) -> list[Mutant]:
     """In the order of the source."""
-    found = []
+    found: list[Mutant] = []
     for number, line in enumerate(path.read_text().splitlines()):
         code = code_of(line)
         if code.lstrip().startswith(("#", "static_assert", "template")):
             continue
-        for start, end, replacement, kind in _changes(code):
-            changed = line[:start] + replacement + line[end:]
-            found.append(Mutant(path.name, number, line, changed, kind))
+        for kind, change, edits in _changes(code):
+            mutant = Mutant(path.name, number, line, _edited(line, [change]), kind, 0, edits)
+            alike = sum(other.key == mutant.key for other in found)
+            found.append(Mutant(path.name, number, line, mutant.after, kind, alike, edits))
     return found
 
 
-def apply(mutant: Mutant, text: str) -> str:
-    """The source with this one change."""
-    lines = text.splitlines()
-    assert lines[mutant.line] == mutant.before, "the source has changed"
-    lines[mutant.line] = mutant.after
-    return "\n".join(lines) + "\n"
+def choosable(text: str, mutants: dict[int, Mutant]) -> str:
+    """The source with all of these, by their numbers, to be chosen from when it runs."""
+    edits: dict[int, list[Edit]] = {}
+    for number, mutant in mutants.items():
+        for edit in mutant.edits:
+            numbered = Edit(edit.start, edit.end, edit.text.replace("{id}", str(number)))
+            edits.setdefault(mutant.line, []).append(numbered)
+    lines = [_edited(line, edits.get(i, [])) for i, line in enumerate(text.splitlines())]
+    return "\n".join(lines).replace("#pragma once\n", _HEADER, 1) + "\n"
