@@ -17,6 +17,7 @@ from fasttransfer.maps import ConvMap, LinearMap
 from fasttransfer.modules import freeze, replace_head, thaw
 from fasttransfer.native import build_info, simd_level, simd_levels, use_backend
 from fasttransfer.search import AlphaSweep, KFoldSearch, kfold_indices, kfold_search, sweep_alpha
+from fasttransfer.teacher_cache import TeacherCache, TeacherCacheWriter, top_k_log_probs
 from fasttransfer.topk_kd import TopKKDLoss, topk_kd_loss
 
 _native.load()
@@ -34,6 +35,8 @@ __all__ = [
     "KFoldSearch",
     "LinearKDLoss",
     "LinearMap",
+    "TeacherCache",
+    "TeacherCacheWriter",
     "TopKKDLoss",
     "blend",
     "blend_",
@@ -56,6 +59,7 @@ __all__ = [
     "simd_levels",
     "sweep_alpha",
     "thaw",
+    "top_k_log_probs",
     "topk_kd_loss",
     "use_backend",
 ]
