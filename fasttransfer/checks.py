@@ -82,11 +82,42 @@ def check_flag(name: str, value: Any) -> bool:
     return value
 
 
+def check_group(group: Any, inplace: bool) -> None:
+    """Of the option ``group``: a process group that this rank is in, or None."""
+    if group is None:
+        return
+    import torch.distributed as dist
+
+    if not dist.is_available():
+        raise ValueError("group was given, but this torch is built without torch.distributed")
+    if not isinstance(group, dist.ProcessGroup):
+        none = dist.GroupMember.NON_GROUP_MEMBER
+        if group is none or (type(group) is int and group == none):
+            raise ValueError(
+                "group is one that this rank is not in: call the loss with group= on its members only"
+            )
+        raise TypeError(
+            f"group must be a torch.distributed.ProcessGroup or None, got {_kind(group)} (of a DeviceMesh: "
+            "mesh.get_group())"
+        )
+    if not dist.is_initialized():
+        raise ValueError("group was given, but torch.distributed is not initialized (init_process_group)")
+    if inplace:
+        raise ValueError(
+            "inplace=True cannot be used with group: the logits are read again after each exchange"
+        )
+
+
 def values_visible(t: Tensor) -> bool:
     """Whether the values of ``t`` may be looked at: not while tracing, and off the CPU only on request."""
     if torch.compiler.is_compiling() or type(t) not in (Tensor, torch.nn.Parameter):
         return False
     return t.device.type == "cpu" or _CHECK_DEVICES
+
+
+def checks_requested() -> bool:
+    """Whether FASTTRANSFER_CHECK=1."""
+    return _CHECK_DEVICES
 
 
 def hides_gradient(tensors: Iterable[Tensor]) -> bool:

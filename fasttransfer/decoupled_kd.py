@@ -43,6 +43,7 @@ def decoupled_kd_loss(
     softcap: float | Sequence[float | None] | None = None,
     inplace: bool = False,
     return_stats: bool = False,
+    group: Any = None,
 ) -> Any:
     r"""Decoupled distillation: the label's mass and the other classes' shares, weighted apart.
 
@@ -76,6 +77,7 @@ def decoupled_kd_loss(
         softcap: As in ``kd_loss``.
         inplace: As in ``kd_loss``.
         return_stats: As in ``kd_loss``; its ``kl`` is the plain KL(q || p).
+        group: As in ``kd_loss``.
 
     Returns:
         As ``kd_loss``.
@@ -94,7 +96,7 @@ def decoupled_kd_loss(
         )
     options = _check_options(
         target_weight, nontarget_weight, label_weight, ignore_index, "skip", label_smoothing, vocab_size, reduction,
-        scale_by_t2, inplace, "forward_kl", 0.5, standardize, softcap, return_stats,
+        scale_by_t2, inplace, "forward_kl", 0.5, standardize, softcap, return_stats, group,
     )  # fmt: skip
     return distill_rows(student_logits, teacher_logits, labels, temperature, row_weight, num_items, options)
 
@@ -116,6 +118,7 @@ class DecoupledKDLoss(nn.Module):
         softcap: As in ``kd_loss``.
         inplace: As in ``kd_loss``.
         return_stats: As in ``kd_loss``.
+        group: As in ``kd_loss``.
 
     Raises:
         TypeError, ValueError: As ``kd_loss``, at construction for the options given here.
@@ -141,12 +144,13 @@ class DecoupledKDLoss(nn.Module):
         softcap: float | Sequence[float | None] | None = None,
         inplace: bool = False,
         return_stats: bool = False,
+        group: Any = None,
     ) -> None:
         super().__init__()
         self.temperature = check_number("temperature", temperature, *TEMPERATURES)
         self.options = _check_options(
             target_weight, nontarget_weight, label_weight, ignore_index, "skip", label_smoothing, vocab_size,
-            reduction, scale_by_t2, inplace, "forward_kl", 0.5, standardize, softcap, return_stats,
+            reduction, scale_by_t2, inplace, "forward_kl", 0.5, standardize, softcap, return_stats, group,
         )  # fmt: skip
 
     def forward(

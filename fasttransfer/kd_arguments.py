@@ -11,6 +11,7 @@ from torch import Tensor
 from fasttransfer.checks import (
     check_choice,
     check_flag,
+    check_group,
     check_number,
     check_tensor,
     shape,
@@ -44,6 +45,7 @@ class Options(NamedTuple):
     standardize: bool = False
     softcap: tuple[float, float] = (0.0, 0.0)  # student, teacher; 0: none
     return_stats: bool = False
+    group: Any = None  # a ProcessGroup whose ranks hold the columns
 
     @property
     def plain(self) -> bool:
@@ -51,7 +53,7 @@ class Options(NamedTuple):
         return self[8:] == _PLAIN
 
 
-_PLAIN = ("forward_kl", (), False, (0.0, 0.0), False)
+_PLAIN = ("forward_kl", (), False, (0.0, 0.0), False, None)
 
 
 def check_options(
@@ -68,6 +70,7 @@ def check_options(
     standardize: bool = False,
     softcap: float | Sequence[float | None] | None = None,
     return_stats: bool = False,
+    group: Any = None,
 ) -> Options:
     """The options of ``kd_loss``, or what is wrong with them."""
     if label_weight is not None:
@@ -80,6 +83,7 @@ def check_options(
         isinstance(vocab_size, bool) or not isinstance(vocab_size, (int, torch.SymInt))
     ):
         raise TypeError(f"vocab_size must be an int or None, got {vocab_size!r}")
+    check_group(group, inplace)
     return Options(
         label_weight,
         ignore_index,
@@ -93,6 +97,7 @@ def check_options(
         check_flag("standardize", standardize),
         _check_softcap(softcap),
         check_flag("return_stats", return_stats),
+        group,
     )
 
 

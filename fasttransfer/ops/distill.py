@@ -52,14 +52,14 @@ class Side(NamedTuple):
 class Moments(NamedTuple):
     """Of the logits above -inf of a row, ``[rows, 1]``: how many, their mean, their squared distance from it."""
 
-    count: Tensor
+    number: Tensor
     mean: Tensor  # double
     square: Tensor
 
     @property
     def n_1(self) -> Tensor:
         """What the variance is divided by: Bessel's correction, as in the authors' code. One logit deviates by 0."""
-        return (self.count - 1).clamp_min(1)
+        return (self.number - 1).clamp_min(1)
 
     @property
     def deviation(self) -> Tensor:

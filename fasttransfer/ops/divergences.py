@@ -252,12 +252,26 @@ def decoupled(
         label_odds(z.gather(-1, index)[:, 0].to(acc), others.amax(-1).to(acc), total, temperature)
         for z, others, total in ((s, others_s, rest.sum_s), (t, others_t, rest.sum_t))
     )
-    return decoupled_from(rest, kl_of(rest), a_s, a_t, index, weights, want_s, want_t)
+    of_rest = kl_of_rest(kl_of(rest), rest.sum_s, rest.sum_t)
+    return Value(
+        decoupled_value(of_rest, a_s, a_t, weights),
+        *decoupled_gradients(rest, of_rest, a_s, a_t, index, weights, want_s, want_t),
+    )
 
 
-def decoupled_from(
+def kl_of_rest(kl: Tensor, sum_s: Tensor, sum_t: Tensor) -> Tensor:
+    """KL(q' || p'), also where one of them has no mass."""
+    return torch.where(sum_t > 0, torch.where(sum_s > 0, kl, torch.inf), 0.0)
+
+
+def decoupled_value(rest_value: Tensor, a_s: Tensor, a_t: Tensor, weights: tuple[float, float]) -> Tensor:
+    """The divergence from KL(q' || p') and the label's odds."""
+    return weights[0] * _binary_kl(a_t, a_s) + weights[1] * rest_value
+
+
+def decoupled_gradients(
     rest: Pair,
-    kl: Tensor,  # [rows], of rest
+    rest_value: Tensor,  # [rows], kl_of_rest
     a_s: Tensor,  # [rows], odds of the label
     a_t: Tensor,
     index: Tensor,
@@ -266,13 +280,11 @@ def decoupled_from(
     want_t: bool,
     here: Tensor | None = None,  # [rows, 1]: whether the label's column is among these
     peak: Peak | None = None,
-) -> Value:
-    """As decoupled, from the sums of the row."""
+) -> tuple[Tensor | None, Tensor | None]:
+    """For the student's logits and for the teacher's, of columns of the row."""
     temperature, dtype = rest.temperature, rest.es.dtype
     on_target, on_rest = weights
-    has_rest = rest.sum_t > 0
-    rest_value = torch.where(has_rest, torch.where(rest.sum_s > 0, kl, torch.inf), 0.0)
-    value = on_target * _binary_kl(a_t, a_s) + on_rest * rest_value
+    both = (rest.sum_t > 0) & (rest.sum_s > 0)
     of_rest = kl_gradients(rest, rest_value, want_s, want_t, peak)
     p_y, q_y = torch.sigmoid(a_s), torch.sigmoid(a_t)
     # d KL(b_t || b_s) / d a_s, / d a_t
@@ -286,7 +298,6 @@ def decoupled_from(
             continue
         move = on_target * move / temperature
         of_mass = torch.where(total > 0, move / total, 0.0).to(dtype)[:, None]
-        both = has_rest & (rest.sum_s > 0)
         grad = torch.where(both[:, None], on_rest * part, 0.0) - e * of_mass
         gradients.append(replaced(grad, index, move.to(dtype)[:, None], here))
-    return Value(value, *gradients)
+    return gradients[0], gradients[1]
