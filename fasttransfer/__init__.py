@@ -9,10 +9,12 @@ from fasttransfer.decoupled_kd import DecoupledKDLoss, decoupled_kd_loss
 from fasttransfer.ema import EMA
 from fasttransfer.feature_kd import FeatureKDLoss, feature_kd_loss
 from fasttransfer.features import Features, extract_features
+from fasttransfer.fisher import fisher_importance
 from fasttransfer.kd import KDLoss, kd_loss
 from fasttransfer.kd_stats import KDStats
 from fasttransfer.l2sp import L2SP, l2sp_add_grad_, l2sp_penalty, l2sp_prox_
 from fasttransfer.linear_kd import LinearKDLoss, linear_kd_loss
+from fasttransfer.lora import lora_penalty
 from fasttransfer.maps import ConvMap, LinearMap
 from fasttransfer.modules import freeze, replace_head, thaw
 from fasttransfer.native import build_info, simd_level, simd_levels, use_backend
@@ -46,6 +48,7 @@ __all__ = [
     "decoupled_kd_loss",
     "extract_features",
     "feature_kd_loss",
+    "fisher_importance",
     "freeze",
     "kd_loss",
     "kfold_indices",
@@ -54,6 +57,7 @@ __all__ = [
     "l2sp_penalty",
     "l2sp_prox_",
     "linear_kd_loss",
+    "lora_penalty",
     "replace_head",
     "simd_level",
     "simd_levels",
