@@ -49,6 +49,18 @@ def kd_with_labels(
     return label_weight * hard + (1.0 - label_weight) * soft * temperature * temperature
 
 
+def topk_kd(student: Tensor, values: Tensor, indices: Tensor) -> Tensor:
+    """Forward KL over the teacher's k largest outputs; `values` [rows, k] log-probabilities, `indices` [rows, k].
+
+    `compute_forward_kl_topk` of verl (`trainer/distillation/fsdp/losses.py`): the whole log-softmax of the student,
+    gathered at the teacher's indices; what the teacher has elsewhere is left out. Its mean over tokens.
+    """
+    log_p = F.log_softmax(student, dim=-1)
+    log_p = torch.gather(log_p, dim=-1, index=indices).float()
+    log_q = values.float()
+    return (log_q.exp() * (log_q - log_p)).sum(dim=-1).mean()
+
+
 def l2sp(params: Sequence[Tensor], start: Sequence[Tensor], strength: float) -> Tensor | float:
     """`strength * sum ||p - p0||^2` over two lists of equal shapes; a scalar to call `.backward()` on.
 

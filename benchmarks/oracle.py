@@ -27,6 +27,24 @@ def kd(student: Tensor, teacher: Tensor, temperature: float) -> Answer:
     return [loss, grad]
 
 
+def topk_kd(student: Tensor, values: Tensor, indices: Tensor, tail: str) -> Answer:
+    """Loss and gradient of the mean over rows of the KL from k log-probabilities per row, at T = 1."""
+    log_p, log_q = torch.log_softmax(student.double(), -1), values.double()
+    if tail == "renormalize":
+        log_q = log_q - log_q.logsumexp(-1, keepdim=True)
+    q = log_q.exp()
+    loss, mass = (q * (log_q - log_p.gather(-1, indices))).sum(-1), q.sum(-1)
+    outside = torch.zeros_like(log_p)
+    if tail == "bucket":
+        log_p_outside = log_p.scatter(-1, indices, -torch.inf)
+        log_rest, rest = log_p_outside.logsumexp(-1), 1 - mass
+        loss, mass = loss + rest * (rest.log() - log_rest), torch.ones_like(mass)
+        outside = (log_p_outside - log_rest[:, None]).exp() * rest[:, None]
+    grad = log_p.exp() * mass[:, None] - outside
+    grad.scatter_add_(-1, indices, -q)
+    return [loss.mean(), grad / len(grad)]
+
+
 def kd_with_labels(
     student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, label_weight: float
 ) -> Answer:

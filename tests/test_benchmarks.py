@@ -368,7 +368,9 @@ def test_every_target_names_cases_that_are_there(monkeypatch: pytest.MonkeyPatch
 
     one, two = timed(2.0, ours=True, of_roofline=0.8), timed(1.0, ours=True)
     levels = {f"{OURS}, {level}": timed(1.0, ours=True) for level in ("avx512", "avx2", "baseline")}
-    providers = {name: timed(4.0) for name in ("naive", "torch.compile", "_foreach_lerp_")}
+    providers = {
+        name: timed(4.0) for name in ("naive", "torch.compile", "_foreach_lerp_", "kd_loss, all columns")
+    }
     providers |= {OURS: one, f"{OURS}, 1 thread": one, f"{OURS}, 2 threads": two} | levels
     cases = Known({spec.key: case_of(spec.key, providers) for spec in everything()})
     for case in cases.values():
