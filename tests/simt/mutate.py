@@ -28,7 +28,7 @@ import tomllib
 
 from fasttransfer.progress import progress_bar
 from tests.simt import build
-from tests.simt.mutations import NOT_KERNELS, Mutant, choosable, mutants_of
+from tests.simt.mutations import NOT_KERNELS, Key, Mutant, choosable, mutants_of
 
 ROOT = build.ROOT
 KERNELS = ROOT / "csrc/cuda"
@@ -46,7 +46,7 @@ PROGRAMS = build.Programs(
 SANITIZERS = {"barrier": ("plain", "tsan"), "mask": ("plain",), "others": ("plain", "asan", "tsan")}
 SURVIVED = "survived"
 POOL = ThreadPoolExecutor(2)
-Reasons = dict[tuple[str, str, str], str]
+Reasons = dict[Key, str]
 
 
 def sanitizers_of(mutant: Mutant) -> tuple[str, ...]:
@@ -198,12 +198,13 @@ def judge(every: list[Mutant], mutants: list[Mutant], reasons: Reasons) -> dict[
 
 
 def equivalents() -> Reasons:
-    """The reason why a mutant computes the same, by Mutant.key. An entry may have several `changes` of a file."""
+    """The reason why a mutant computes the same, by Mutant.key. An entry may have several `changes` of a file: the
+    line, what it becomes, and, where there are several such lines, which of them, from 0."""
     table = tomllib.loads(EQUIVALENTS.read_text())
     return {
-        (entry["file"], before, after): entry["reason"]
+        (entry["file"], before, after, number[0] if number else 0): entry["reason"]
         for entry in table.get("mutants", [])
-        for before, after in entry["changes"]
+        for before, after, *number in entry["changes"]
     }
 
 

@@ -24,6 +24,8 @@ _BY_ONE = re.compile(r" [+-] (1)\b(?![.\w])")
 _OPERATORS = {"<": "Less", "<=": "LessEqual", ">": "Greater", ">=": "GreaterEqual"}
 _HEADER = '#pragma once\n#include "simt/mutant.h"\n'
 
+Key = tuple[str, str, str, int]
+
 
 @dataclass(frozen=True)
 class Edit:
@@ -47,9 +49,9 @@ class Mutant:
     edits: tuple[Edit, ...]  # that let it be chosen
 
     @property
-    def key(self) -> tuple[str, str, str]:
+    def key(self) -> Key:
         """What it is recognised by when lines move."""
-        return self.file, self.before.strip(), self.after.strip()
+        return self.file, self.before.strip(), self.after.strip(), self.number
 
 
 def code_of(line: str) -> str:
@@ -117,9 +119,10 @@ def mutants_of(path: Path) -> list[Mutant]:
         if code.lstrip().startswith(("#", "static_assert", "template")):
             continue
         for kind, change, edits in _changes(code):
-            mutant = Mutant(path.name, number, line, _edited(line, [change]), kind, 0, edits)
-            alike = sum(other.key == mutant.key for other in found)
-            found.append(Mutant(path.name, number, line, mutant.after, kind, alike, edits))
+            changed = _edited(line, [change])
+            texts = line.strip(), changed.strip()
+            alike = sum((other.before.strip(), other.after.strip()) == texts for other in found)
+            found.append(Mutant(path.name, number, line, changed, kind, alike, edits))
     return found
 
 
