@@ -29,7 +29,8 @@ struct DistillRun {
   const int m, o;  // which side has which part (cpu/distill_sweep.h)
   const bool distills, wants_label;
   const double inv_t;
-  bool hot;  // exponentials of its own for the label term
+  int power = 0;  // of the label term's exponentials from the kept ones: 0, or T
+  bool hot;       // exponentials of its own for the label term
   DistillInput<F> input;
   bool broken = false;
   Refs refs;
@@ -59,6 +60,11 @@ struct DistillRun {
         input{call_, row_, scratch} {
     hot = !distills || (wants_label && (inv_t != 1 || call.standardize || decoupled() ||
                                         (row.label_weight != 0 && call.label_smoothing != 0)));
+    const bool kept = !is_kl() || row.grad[kStudent];
+    if (__is_same(F, float) && hot && distills && kept && !call.standardize && !decoupled() &&
+        call.label_smoothing == 0 && (inv_t == 0.5 || inv_t == 1.0 / 3 || inv_t == 0.25)) {
+      power = int(1 / inv_t + 0.5);
+    }
   }
 
   FT_HD int sides() const { return distills ? 2 : 1; }
@@ -84,11 +90,19 @@ struct DistillRun {
       z_label = z[row.label - begin];
   }
 
+  FT_HD F* student_exp() const { return scratch.exp[m == kStudent ? 0 : 1]; }
+
   FT_HD void sweep_hot(const F* z, int64_t begin, int64_t n, F max) {
     const double before = refs.hot;
     refs.hot = max > refs.hot ? double(max) : refs.hot;
     const double ref = reference(refs.hot), moved_by = reference(before) - ref;
-    const HotSums of = hot_sweep<F>(z, n, F(ref), exp_scale<F>(1.0), scratch.exp_1 + begin);
+    F* const e = scratch.exp_1 + begin;
+    HotSums of;
+    if (power) {
+      of.exp = sum_raised(student_exp() + begin, n, power);
+    } else {
+      of = call.label_smoothing != 0 ? hot_sweep<F, true>(z, n, F(ref), e) : hot_sweep<F, false>(z, n, F(ref), e);
+    }
     label_sums.exp = scaled(label_sums.exp, rescale(reference(before), ref, 1.0)) + of.exp;
     label_sums.shift = label_sums.shift + double(begin) * moved_by + of.shift;
   }
@@ -147,7 +161,7 @@ struct DistillRun {
     if (call.divergence == Divergence::kTvd) return softmax_sweep<F, false>(xm, xo, n, at, em, eo, w);
     if constexpr (__is_same(F, float)) {
       if (!careful) {
-        const bool for_o = row.grad[o] || (m == kStudent && row.label_weight != 0), for_m = row.grad[m];
+        const bool for_o = row.grad[o], for_m = row.grad[m];
         const PairSums of = for_o   ? for_m ? kl_sweep<F, true, true, false>(xm, xo, n, at, em, eo, w)
                                             : kl_sweep<F, true, false, false>(xm, xo, n, at, em, eo, w)
                             : for_m ? kl_sweep<F, false, true, false>(xm, xo, n, at, em, eo, w)
@@ -169,7 +183,7 @@ struct DistillRun {
     Refs& kept = scratch.refs[begin / kDistillBlock];
     if (!call.standardize) {
       for (int side = 0; side < sides(); ++side) look(side, x[side], begin, n, max[side]);
-      if (hot) sweep_hot(x[kStudent], begin, n, max[kStudent]);
+      if (hot && !power) sweep_hot(x[kStudent], begin, n, max[kStudent]);
     } else {
       refs.hot = kept.hot;
     }
@@ -189,6 +203,7 @@ struct DistillRun {
       raise(x, n, max);
       move(sums, before, refs, inv_t);
       const PairSums of = sweep_block(x[m], x[o], begin, n, careful);
+      if (power) sweep_hot(x[kStudent], begin, n, max[kStudent]);
       sums = {sums.m + of.m, sums.o + of.o, sums.gap + of.gap, sums.cross + of.cross};
     }
     kept = refs;
@@ -212,7 +227,7 @@ struct DistillRun {
                                                           scratch.w[0] + begin, scratch.w[1] + begin);
       total = {total.value + block.value, total.mean_m + block.mean_m, total.mean_o + block.mean_o};
     });
-    value = kJsd ? total.value : total.value / 2;
+    value = total.value;
     means[0] = total.mean_m;
     means[1] = total.mean_o;
   }
@@ -341,8 +356,11 @@ struct DistillRun {
         double ce = smoothing != 1 ? (1 - smoothing) * plain : 0;
         if (smoothing != 0) ce += smoothing * (log_sum - label_sums.shift / double(columns));
         result.loss += row.label_weight * ce;
-        label_grad = {hot ? scratch.exp_1 : nullptr, row.label_weight / sum,
-                      -row.label_weight * smoothing / double(columns), row.label_weight * (1 - smoothing)};
+        label_grad = {power ? student_exp()
+                      : hot ? scratch.exp_1
+                            : nullptr,
+                      power, row.label_weight / sum, -row.label_weight * smoothing / double(columns),
+                      row.label_weight * (1 - smoothing)};
       }
     }
     if (call.want_stats) {

@@ -153,19 +153,28 @@ struct Moments {
 template <class F>
 __attribute__((noinline)) Moments<F> moments_of(const F* z, int64_t n, F from) {
   constexpr int L = kLanes<F>;
-  DoubleSum<F> count, sum, square;
-  Vec<F> low = splat(F(__builtin_huge_val())), high = splat(neg_inf<F>());
-  for (int64_t i = 0; i < n; i += L) {
-    const Vec<F> v = i + L <= n ? Memory<F, F>::load(z + i) : load_partial<F, F>(z + i, n - i, neg_inf<F>());
-    const auto finite = v > neg_inf<F>();
-    const Vec<F> d = finite ? v - from : Vec<F>{};
-    count.add(finite ? splat(F(1)) : Vec<F>{});
-    sum.add(d);
-    square.add(d * d);
-    low = (finite & (v < low)) ? v : low;
-    high = vmax(v, high);
-  }
-  return {count.total(), sum.total(), square.total(), -horizontal_max<F>(-low), horizontal_max<F>(high)};
+  DoubleSum<F> total_count, total, total_square;
+  Vec<F> count{}, sum{}, square{}, low = splat(F(__builtin_huge_val())), high = splat(neg_inf<F>());
+  over_kept<F>(
+      n,
+      [&](int64_t i) __attribute__((always_inline)) {
+        const Vec<F> v = i + L <= n ? Memory<F, F>::load(z + i) : load_partial<F, F>(z + i, n - i, neg_inf<F>());
+        const auto finite = v > neg_inf<F>();
+        const Vec<F> d = finite ? v - from : Vec<F>{};
+        count += finite ? splat(F(1)) : Vec<F>{};
+        sum += d;
+        square += d * d;
+        low = (finite & (v < low)) ? v : low;
+        high = vmax(v, high);
+      },
+      [&]() __attribute__((always_inline)) {
+        total_count.add(count);
+        total.add(sum);
+        total_square.add(square);
+        count = sum = square = Vec<F>{};
+      });
+  return {total_count.total(), total.total(), total_square.total(), -horizontal_max<F>(-low),
+          horizontal_max<F>(high)};
 }
 
 // z -> (z - mean)/scale in place. Softmaxes do not see that the mean is rounded.

@@ -34,31 +34,43 @@ __attribute__((noinline)) void distill_stats(const DistillInput<F>& input, const
   const bool both = input.row.logits[1];
   const ExpScale<F> scale = exp_scale<F>(inv_t);
   const F top_s = F(tops[0]), top_t = F(tops[1]);
-  DoubleSum<F> sum_s, sum_t, cross_s, cross_t, gap, cross;
+  DoubleSum<F> total_s, total_t, total_cross_s, total_cross_t, total_gap, total_cross;
   for (int64_t begin = 0; begin < columns; begin += kDistillBlock) {
     const int64_t n = columns - begin < kDistillBlock ? columns - begin : kDistillBlock;
     const F* const s = input.block(0, begin, n);
     const F* const t = both ? input.block(1, begin, n) : s;
-    for (int64_t i = 0; i < n; i += L) {
-      const auto load = [&](const F* p) __attribute__((always_inline)) {
-        return i + L <= n ? Memory<F, F>::load(p + i) : load_partial<F, F>(p + i, n - i, neg_inf<F>());
-      };
-      const Vec<F> ds = load(s) - top_s, es = exp_scaled<F>(ds, scale);
-      sum_s.add(es);
-      cross_s.add(es * (es == F(0) ? Vec<F>{} : ds));
-      if (!both) continue;
-      const Vec<F> dt = load(t) - top_t, et = exp_scaled<F>(dt, scale);
-      sum_t.add(et);
-      cross_t.add(et * (et == F(0) ? Vec<F>{} : dt));
-      gap.add(es - et);
-      cross.add(et * (et == F(0) ? Vec<F>{} : dt - ds));
-    }
+    Vec<F> sum_s{}, sum_t{}, cross_s{}, cross_t{}, gap{}, cross{};
+    over_kept<F>(
+        n,
+        [&](int64_t i) __attribute__((always_inline)) {
+          const auto load = [&](const F* p) __attribute__((always_inline)) {
+            return i + L <= n ? Memory<F, F>::load(p + i) : load_partial<F, F>(p + i, n - i, neg_inf<F>());
+          };
+          const Vec<F> ds = load(s) - top_s, es = exp_scaled<F>(ds, scale);
+          const Vec<F> dt = load(t) - top_t, et = exp_scaled<F>(dt, scale);
+          const auto no_s = es == F(0), no_t = et == F(0);
+          sum_s += es;
+          sum_t += et;
+          gap += es - et;
+          cross_s += es * (no_s ? Vec<F>{} : ds);
+          cross_t += et * (no_t ? Vec<F>{} : dt);
+          cross += et * (no_t ? Vec<F>{} : dt - ds);
+        },
+        [&]() __attribute__((always_inline)) {
+          total_s.add(sum_s);
+          total_t.add(sum_t);
+          total_gap.add(gap);
+          total_cross_s.add(cross_s);
+          total_cross_t.add(cross_t);
+          total_cross.add(cross);
+          sum_s = sum_t = cross_s = cross_t = gap = cross = Vec<F>{};
+        });
   }
-  stats[2] = EntropySums{sum_s.total(), cross_s.total()}.entropy(inv_t);
+  stats[2] = EntropySums{total_s.total(), total_cross_s.total()}.entropy(inv_t);
   if (!both) return;
-  const PairSums pair{sum_t.total(), sum_s.total(), gap.total(), cross.total()};
+  const PairSums pair{total_t.total(), total_s.total(), total_gap.total(), total_cross.total()};
   stats[0] = pair.cross / pair.m * inv_t + log_ratio(pair);
-  stats[3] = EntropySums{sum_t.total(), cross_t.total()}.entropy(inv_t);
+  stats[3] = EntropySums{total_t.total(), total_cross_t.total()}.entropy(inv_t);
   stats[4] = first[0].at == first[1].at;
 }
 

@@ -195,7 +195,7 @@ FT_HD TermSums terms_sweep(int64_t n, const TermsCall<F>& call, const F* exp_m, 
         } else {
           f_m = tvd_slope(p, q, F(0.5));
           f_o = -f_m;
-          value += vabs<F>(p - q);
+          value += (p - q) * f_m;  // |p - q| / 2
         }
         if constexpr (kM) {
           const Vec<F> w = rounded(p * (f_m - call.at_m));
@@ -222,24 +222,44 @@ struct HotSums {
   double exp = 0, shift = 0;  // sum exp(z - ref), sum (z - ref)
 };
 
-template <class F>
-FT_HD HotSums hot_sweep(const F* z, int64_t n, F ref, const ExpScale<F>& scale, F* exp_1) {
-  constexpr int L = kLanes<F>;
+// kShift: for label smoothing. Only it sees every column alike.
+template <class F, bool kShift>
+FT_HD HotSums hot_sweep(const F* z, int64_t n, F ref, F* exp_1) {
+  const ExpScale<F> scale = exp_scale<F>(1.0);
   DoubleSum<F> total, total_shift;
-  int64_t i = 0;
-  for (; i + L <= n; i += L) {
-    const Vec<F> d = Memory<F, F>::load(z + i) - ref, e = exp_scaled<F>(d, scale);
-    total.add(e);
-    total_shift.add(d);
-    Memory<F, F>::store(exp_1 + i, e);
-  }
-  if (i < n) {
-    const Vec<F> e = exp_scaled<F>(load_partial<F, F>(z + i, n - i, neg_inf<F>()) - ref, scale);
-    total.add(e);
-    total_shift.add(load_partial<F, F>(z + i, n - i, ref) - ref);
-    Memory<F, F>::store(exp_1 + i, e);
-  }
+  Vec<F> sum{}, shift{};
+  over_kept<F>(
+      n,
+      [&](int64_t i) __attribute__((always_inline)) {
+        const bool whole = i + kLanes<F> <= n;
+        const auto load = [&](F fill) __attribute__((always_inline)) {
+          return whole ? Memory<F, F>::load(z + i) : load_partial<F, F>(z + i, n - i, fill);
+        };
+        const Vec<F> e = exp_scaled<F>(load(neg_inf<F>()) - ref, scale);
+        sum += e;
+        if constexpr (kShift) shift += load(ref) - ref;
+        Memory<F, F>::store(exp_1 + i, e);
+      },
+      [&]() __attribute__((always_inline)) {
+        total.add(sum);
+        if constexpr (kShift) total_shift.add(shift);
+        sum = shift = Vec<F>{};
+      });
   return {total.total(), total_shift.total()};
+}
+
+// The sum of exp(x) from kept exp(x/T): their power.
+template <class F>
+FT_HD double sum_raised(const F* exp, int64_t n, int power) {
+  DoubleSum<F> total;
+  Vec<F> sum{};
+  over_kept<F>(
+      n, [&](int64_t i) __attribute__((always_inline)) { sum += raised<F>(Memory<F, F>::load(exp + i), power); },
+      [&]() __attribute__((always_inline)) {
+        total.add(sum);
+        sum = Vec<F>{};
+      });
+  return total.total();
 }
 
 }  // namespace

@@ -19,7 +19,9 @@ FT_HD V rounded(V x) {
 
 template <class F>
 FT_HD Vec<F> vabs(Vec<F> x) {
-  return x < F(0) ? -x : x;
+  using I = typename Simd<F>::I;
+  constexpr auto kLow = typename Simd<F>::Lane((uint64_t{1} << (8 * sizeof(F) - 1)) - 1);
+  return bits<Vec<F>>(bits<I>(x) & kLow);
 }
 
 template <class F>
