@@ -256,6 +256,11 @@ def _add_bias_grad(total: Tensor, g: Tensor, scale: Tensor | None) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ chunks
+def may_look(t: Tensor) -> bool:
+    """Whether looking at values waits for nothing."""
+    return t.device.type == "cpu"
+
+
 def _rows_per_chunk(rows: int, student: _Side, teacher: _Side) -> int:
     """As many as the workspace holds, and the chunks of about equal size."""
     sizes = [side.hidden.element_size() for side in (student, teacher)]
@@ -296,10 +301,10 @@ def _chunked(
     # Rows that are not counted cost nothing where one may look which they are.
     counted = options.counted()
     chosen = None
-    if counted is not None and s.hidden.device.type == "cpu" and not bool(counted.all()):
+    if counted is not None and may_look(s.hidden) and not bool(counted.all()):
         chosen = counted.nonzero()[:, 0]
     total = rows if chosen is None else len(chosen)
-    step = min(chunk_rows or _rows_per_chunk(total, s, t), max(1, total))
+    step = max(1, min(chunk_rows or _rows_per_chunk(total, s, t), total))
 
     want_grad = any(dtype is not None for dtype in (hidden_dtype, head_dtype, bias_dtype))
     grads = _Gradients(s, student_side, (hidden_dtype, head_dtype, bias_dtype), sum_in, total <= step)
@@ -339,7 +344,7 @@ def _run_chunks(
             losses[part] = loss
         else:
             losses += loss
-        if chunk_stats is not None:
+        if options.want_stats and chunk_stats is not None:
             stats[part] = chunk_stats
 
 
@@ -406,7 +411,7 @@ class Call(NamedTuple):
 def run(sides: Sequence[Tensor | None], call: Call, grads: Sequence[torch.dtype | None]) -> Any:
     """The op, its operands cast as ``F.linear`` would cast them."""
     if call.product is not None:
-        sides = [None if x is None or x.dtype == torch.float64 else x.to(call.product) for x in sides]
+        sides = [x if x is None or x.dtype == torch.float64 else x.to(call.product) for x in sides]
     return linear_kd_op(*sides, *call.options, call.chunk_rows, call.sum_in, *grads)
 
 

@@ -18,6 +18,8 @@ from tests.simt import build
 NAMESPACE = "fasttransfer_simt"
 # What pure torch answers "not here" to, on a GPU as well: plain lists are a fast way of the CPU.
 OF_THE_CPU = ("blend_plain_", "l2sp_add_grad_plain_")
+# What is made of other operations and torch's products, on every device.
+COMPOSED = ("linear_kd",)
 
 
 class Launch(NamedTuple):
@@ -60,7 +62,7 @@ def has(name: str) -> bool:
 def _kernel(name: str, missing: Callable[[str], Any]) -> Callable[..., Any]:
     if has(name):
         return getattr(getattr(torch.ops, NAMESPACE), name).default
-    if name in OF_THE_CPU:
+    if name in (*OF_THE_CPU, *COMPOSED):
         return ops._references[name]
     return partial(_missing, name, missing)
 
