@@ -49,6 +49,23 @@ def kd_with_labels(
     return label_weight * hard + (1.0 - label_weight) * soft * temperature * temperature
 
 
+def linear_kd(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: Tensor,
+    temperature: float,
+) -> Tensor:
+    """`kd` of the logits that two language models' heads make of their hidden states; a scalar.
+
+    What a trainer has when the model returns logits (`GKDTrainer` of TRL without its fused loss): both heads applied
+    to all tokens, the teacher's under `no_grad`.
+    """
+    with torch.no_grad():
+        teacher = F.linear(teacher_hidden, teacher_head)
+    return kd(F.linear(student_hidden, student_head), teacher, temperature)
+
+
 def topk_kd(student: Tensor, values: Tensor, indices: Tensor) -> Tensor:
     """Forward KL over the teacher's k largest outputs; `values` [rows, k] log-probabilities, `indices` [rows, k].
 

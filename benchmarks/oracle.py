@@ -27,6 +27,29 @@ def kd(student: Tensor, teacher: Tensor, temperature: float) -> Answer:
     return [loss, grad]
 
 
+def linear_kd(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: Tensor,
+    temperature: float,
+) -> Answer:
+    """Loss, gradients for the student's hidden states and head, of `kd` of the logits; some rows at a time."""
+    head, teacher = student_head.double(), teacher_head.double()
+    loss = torch.zeros((), dtype=torch.float64)
+    hidden_grads, head_grad = [], torch.zeros_like(head)
+    rows = len(student_hidden)
+    step = max(1, PIECE // len(head))
+    for first in range(0, rows, step):
+        h = student_hidden[first : first + step].double()
+        value, grad = kd(h @ head.T, teacher_hidden[first : first + step].double() @ teacher.T, temperature)
+        share = len(h) / rows  # of a mean over rows
+        loss += value * share
+        hidden_grads.append(grad @ head * share)
+        head_grad += grad.T @ h * share
+    return [loss, torch.cat(hidden_grads), head_grad]
+
+
 def topk_kd(student: Tensor, values: Tensor, indices: Tensor, tail: str) -> Answer:
     """Loss and gradient of the mean over rows of the KL from k log-probabilities per row, at T = 1."""
     log_p, log_q = torch.log_softmax(student.double(), -1), values.double()

@@ -22,6 +22,9 @@ SECTIONS = [
      "Floor: read both logits, write nothing. Roofline: `torch.add(a, b, out=o)`, the faster of the two adds."),
     ("kd from the teacher's k largest outputs, forward and backward", ("topk",),
      "Roofline: `torch.neg(a)` into new memory. Floor: read the student, write the gradient."),
+    ("kd from hidden states and heads, forward and backward", ("linear",),
+     "Roofline: the four matrix products alone, into given memory. Their operations stand in place of bytes, so GB/s "
+     "are GFLOP/s. Memory: the returned gradients are in it."),
     ("L2-SP: value and gradient added to what is there", ("l2sp",),
      "Roofline: `a.lerp_(b, w)` over one flat tensor of as many numbers. Floor: read p, p0, gradient; write gradient."),
     ("Blending in place, one source", ("one",), "Roofline: `a.lerp_(b, w)` over one flat tensor of as many numbers."),
