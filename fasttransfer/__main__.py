@@ -95,7 +95,7 @@ def _blend(args: argparse.Namespace) -> int:
         counts = _counts(done.counts)
         resumed = f", {_size(done.resumed)} of it from an interrupted run" if done.resumed else ""
         seconds = time.monotonic() - begin
-        print(f"{args.output}: {counts}, {_size(done.nbytes)}{resumed}, {seconds:.1f} s")
+        print(f"{args.output}: {counts}; {_size(done.nbytes)}{resumed}, {seconds:.1f} s")
         if done.files:
             print(f"copied from the target: {', '.join(done.files)}")
     return 0
@@ -112,9 +112,10 @@ def _preview(plan: Plan) -> str:
         f"{a:{widths[0]}}  {b:{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}  {w}".rstrip()
         for (a, b, c, d), w in zip(rows, weights, strict=True)
     ]
+    lines += ["", plan.listing()] if plan.listing() else []
     if plan.problems:
         return "\n".join(lines)
-    lines += ["", plan.listing(), "", f"would write {_counts(plan.count())}, {_size(plan.nbytes)}"]
+    lines += ["", f"would write {_size(plan.nbytes)}: {_counts(plan.count())}"]
     others = [file.name for file in plan.other_files()]
     lines += [f"would copy {', '.join(others)} (into an output directory)"] if others else []
     if plan.ignored:
@@ -123,9 +124,9 @@ def _preview(plan: Plan) -> str:
 
 
 def _counts(counts: dict[str, int]) -> str:
-    words = {"blended": "blended", "integer": "integer, from the target", "kept": "kept from the target"}
+    words = {"blended": "blended", "integer": "integers copied", "kept": "kept from the target"}
     parts = [f"{counts[key]} {word}" for key, word in words.items() if counts.get(key)]
-    return f"tensors: {'; '.join(parts) or 'none'}"
+    return f"{sum(counts.values())} tensors ({', '.join(parts) or 'none'})"
 
 
 def _size(nbytes: int) -> str:

@@ -104,6 +104,7 @@ class Plan:
     def __init__(self, target: Checkpoint, sources: Sequence[Checkpoint], options: Options) -> None:
         self.target, self.sources, self.options = target, list(sources), options
         self.problems: list[str] = []
+        self.unmatched: set[str] = set()  # names of the target that have one
         self.ignored: list[str] = []  # names of sources that `keep` leaves out
         self.ties: list[tuple[Entry, Entry, str]] = []  # must be equal, or else ...
         self.jobs = self._jobs()
@@ -122,7 +123,10 @@ class Plan:
         used: list[set[str]] = [set() for _ in self.sources]
         jobs = {}
         for name, entry in self.target.tensors.items():
+            before = len(self.problems)
             jobs[name] = self._job(name, entry, alphas[name], used)
+            if len(self.problems) > before:
+                self.unmatched.add(name)
         for source, given, seen in zip(self.sources, self.options.maps, used, strict=True):
             self._check_extra(source, given, seen)
         return jobs
@@ -281,9 +285,11 @@ class Plan:
 
     # ------------------------------------------------------------------------------------------ what it looks like
     def listing(self) -> str:
-        """All tensors, those that differ only in numbers on one line."""
+        """All tensors that match, those that differ only in numbers on one line."""
         groups: dict[tuple[str, ...], list[Job]] = {}
         for job in self.jobs.values():
+            if job.name in self.unmatched:
+                continue
             entry = self.target.tensors[job.name]
             key = (re.sub(r"\d+", "*", job.name), str(entry), self._from(job))
             groups.setdefault(key, []).append(job)
