@@ -221,8 +221,9 @@ def test_fp16_does_not_underflow(backend, reduction):
         options["num_items"], upstream = 2.0**17, scale
     else:
         upstream = torch.tensor([1.0, -1.0, 1.0, 2.0, -0.5, 1.0])
-    _, grads = check(given, upstream=upstream, **options)
-    assert all(x.any() for x in grads)
+    for accum_dtype in (None, torch.float64):
+        _, grads = check(given, upstream=upstream, accum_dtype=accum_dtype, **options)
+        assert all(x.any() for x in grads)
 
 
 def test_bf16_head_is_rounded_once():

@@ -169,7 +169,7 @@ class _HeadGrad:
         for first in range(0, g.shape[1], _BLOCK):
             into = self.sum[first : first + _BLOCK]
             block = g[:, first : first + _BLOCK].t()
-            if into.dtype == torch.float32 and g.dtype in _HALVES:
+            if g.dtype in _HALVES:
                 into.add_(_wide_product(block, rows).mul_(top))
             else:
                 into.add_(torch.mm(block, rows))
