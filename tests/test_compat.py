@@ -66,7 +66,7 @@ def pair(*size, dtype=torch.float32, scale=2.0):
 # ------------------------------------------------------------------------------------------------------------- TRL
 @pytest.mark.parametrize("beta", [0, 0.3, 0.5, 1.0])
 @pytest.mark.parametrize("reduction", ["batchmean", "mean", "sum", "none"])
-def test_trl(backend, beta, reduction):
+def test_trl(one_backend, beta, reduction):
     for dtype in (torch.float32, torch.bfloat16, F64):
         s, t = pair(3, 4, 20, dtype=dtype)
         labels = torch.randint(1000, (3, 4))  # beyond V: only -100 means something
@@ -87,7 +87,7 @@ def test_trl(backend, beta, reduction):
                 check(formula, trl.generalized_jsd_loss, s, t, mask, beta, 2.0, reduction, items)
 
 
-def test_trl_with_probabilities(backend):
+def test_trl_with_probabilities(one_backend):
     p, q = torch.rand(2, 3, 10), torch.rand(2, 3, 10)  # not normalised
     p[0, 0], q[0, 1] = 0, 0
     labels = torch.tensor([[0, 0, -100], [0, 0, 0]])
@@ -102,7 +102,7 @@ def test_trl_with_probabilities(backend):
             )  # fmt: skip
 
 
-def test_trl_without_its_nan(backend):
+def test_trl_without_its_nan(one_backend):
     """Columns that both sides mask, and no row that counts."""
     s, t = pair(2, 3, 10)
     s[..., 7:], t[..., 7:] = -INF, -INF
@@ -148,7 +148,7 @@ def torchtune_loss(name, chunked):
 
 @pytest.mark.parametrize("name", TORCHTUNE)
 @pytest.mark.parametrize("masked", ["nothing", "student", "teacher", "both"])
-def test_torchtune(backend, name, masked):
+def test_torchtune(one_backend, name, masked):
     s, t = pair(2, 6, 20)
     if masked in ("student", "both"):
         s[..., 15:] = -INF
@@ -180,7 +180,7 @@ def test_torchtune(backend, name, masked):
 
 
 @pytest.mark.parametrize("name", TORCHTUNE)
-def test_torchtune_without_a_row(backend, name):
+def test_torchtune_without_a_row(one_backend, name):
     s, t = pair(2, 4, 10)
     s[0] = math.nan
     for chunked in (False, True):
@@ -206,7 +206,7 @@ def test_torchtune_arguments():
         chunked([s], [t, t], labels)
     with pytest.raises(ValueError, match=r"the length of all chunks, got \[2, 4\] for \[2\]"):
         chunked([s[:, :2]], [t[:, :2]], labels)
-    assert chunked.apply_compile_strategy(backend="inductor") is chunked
+    assert chunked.apply_compile_strategy(one_backend="inductor") is chunked
 
 
 # ------------------------------------------------------------------------------------------------------ mdistiller
@@ -215,7 +215,7 @@ def standardized(z):
 
 
 @pytest.mark.parametrize("standardize", [False, True])
-def test_mdistiller(backend, standardize):
+def test_mdistiller(one_backend, standardize):
     around = standardized if standardize else (lambda z: z)
     s, t = pair(5, 12)
     target = torch.randint(12, (5,))
@@ -242,7 +242,7 @@ def test_mdistiller(backend, standardize):
         )  # fmt: skip
 
 
-def test_mdistiller_where_mass_underflows(backend):
+def test_mdistiller_where_mass_underflows(one_backend):
     """Its log of 0 is NaN or infinite; the loss is neither."""
     s, t = torch.zeros(2, 4), torch.randn(2, 4)
     s[0, 1], s[1, 2] = 200.0, -200.0
@@ -263,7 +263,7 @@ def test_mdistiller_arguments():
 # ---------------------------------------------------------------------------------------------------- torchdistill
 @pytest.mark.parametrize("name", ["KDLoss", "LogitStdKDLoss"])
 @pytest.mark.parametrize("reduction", ["batchmean", "mean", "sum"])
-def test_torchdistill(backend, name, reduction):
+def test_torchdistill(one_backend, name, reduction):
     around = standardized if name == "LogitStdKDLoss" else (lambda z: z)
     s, t = pair(5, 12)
     targets = torch.randint(12, (5,))
@@ -290,7 +290,7 @@ def test_torchdistill(backend, name, reduction):
     check(soft, criterion(), s, t, targets)
 
 
-def test_torchdistill_maps_elements_and_smoothing(backend):
+def test_torchdistill_maps_elements_and_smoothing(one_backend):
     s, t = pair(2, 6, 3, 2)
     targets = torch.randint(6, (2, 3, 2))
     targets[0, 0, 0] = 4
@@ -323,7 +323,7 @@ def test_torchdistill_maps_elements_and_smoothing(backend):
 
 # -------------------------------------------------------------------------------------------------------- F.kl_div
 @pytest.mark.parametrize("reduction", ["mean", "batchmean", "sum", "none"])
-def test_kl_div(backend, reduction):
+def test_kl_div(one_backend, reduction):
     for dim in (1, -1):
         s, t = pair(3, 8, 5)
 

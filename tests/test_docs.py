@@ -1,0 +1,154 @@
+"""The Python blocks of README.md and docs/*.md run, in order, in one namespace per file that begins with stand-ins."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+# Pages whose blocks need more than one process: where they are run instead.
+ELSEWHERE = {"parallel.md": "tests/sharded_worker.py"}
+
+IMPORTS = """
+import torch
+import torch.nn.functional as F
+from torch import nn
+from fasttransfer import *
+"""
+
+# What a page takes as given, small.
+SETUP = {
+    "README.md": """
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 512, 3)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(512, 10)
+
+    def forward(self, x):
+        return self.fc(self.avgpool(self.conv(x)).flatten(1))
+
+model, target, source = Net(), Net(), Net()
+T, w, strength, alpha = 4.0, 0.3, 0.01, 0.9
+s, t, labels = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10), torch.randint(10, (8,))
+start = [p.detach().clone() for p in model.parameters()]
+loss = sum(p.sum() for p in model.parameters())
+loader = [(torch.randn(20, 3, 4, 4), torch.arange(20) % 2) for _ in range(2)]
+target_features = torch.randn(40, 256)
+
+def evaluate(blended):
+    return -sum(float(p.detach().square().sum()) for p in blended.parameters())
+
+def fit(strength, train, validation):
+    yield strength
+""",
+    "distillation.md": """
+class Model(nn.Module):
+    def __init__(self, width, vocabulary):
+        super().__init__()
+        self.body = nn.Embedding(20, width)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+
+    def forward(self, tokens):
+        return self.head(self.body(tokens))
+
+student_width, teacher_width = 6, 10
+student, teacher = Model(student_width, 20), Model(teacher_width, 20)
+student_logits, teacher_logits = torch.randn(8, 20, requires_grad=True), torch.randn(8, 20)
+wider_teacher_logits = torch.randn(8, 24)
+labels = torch.randint(20, (8,))
+tokens = torch.randint(20, (3, 7))
+batches = [torch.randint(20, (2, 5)) for _ in range(3)]
+rows_per_batch = 10
+micro_batches = [(torch.randint(20, (2, n)), torch.randint(20, (2, n))) for n in (3, 5)]
+flat_student_logits = torch.randn(30, 20, requires_grad=True)
+student_features, teacher_features = torch.randn(2, 5, student_width), torch.randn(2, 5, teacher_width)
+attention_mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+""",
+}
+NEEDS = {"distillation.md": "safetensors", "blending.md": "safetensors"}
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_blocks_run(page, tmp_path, monkeypatch):
+    if page.name in ELSEWHERE:
+        pytest.skip(f"runs on several ranks, in {ELSEWHERE[page.name]}")
+    if page.name in NEEDS:
+        pytest.importorskip(NEEDS[page.name])
+    monkeypatch.chdir(tmp_path)
+    text = page.read_text()
+    blocks = list(BLOCK.finditer(text))
+    assert blocks or "```python" not in text
+    setup = compile(IMPORTS + SETUP.get(page.name, ""), f"setup of {page.name}", "exec")
+
+    def fresh():
+        namespace = {"__name__": page.stem}
+        exec(setup, namespace)
+        return namespace
+
+    namespace = fresh()
+    for block in blocks:
+        # Behind as many empty lines as the page has before it: a traceback then names the page's own line.
+        code = "\n" * text.count("\n", 0, block.start(1)) + block[1]
+        before, replacement, after = code.partition("# after\n")
+        if not replacement:
+            exec(compile(code, str(page), "exec"), namespace)
+            continue
+        for half in (before, "\n" * before.count("\n") + replacement + after):  # the one or the other
+            exec(compile(half, str(page), "exec"), fresh())
+
+
+def test_pages_that_run_elsewhere_are_there():
+    for page, where in ELSEWHERE.items():
+        assert page in (ROOT / where).read_text()
+
+
+def test_lines_of_the_conventions_table():
+    """The last column of the guide's table gives what the first one does, as compat or a formula has it."""
+    text = (ROOT / "docs" / "distillation.md").read_text()
+    table = text[text.index("| what you call |") : text.index("To keep in mind")].strip().splitlines()[2:]
+    namespace = {}
+    exec(
+        IMPORTS + "from fasttransfer.compat import functional, mdistiller, torchdistill, torchtune, trl",
+        namespace,
+    )
+    namespace |= {
+        "s": torch.randn(3, 9), "t": torch.randn(3, 9), "y": torch.tensor([1, 2, -100]), "T": 2.0, "beta": 0.3,
+        "alpha": 0.4, "n": 5, "h": torch.randn(3, 4), "W": torch.randn(9, 4), "ht": torch.randn(3, 5),
+        "Wt": torch.randn(9, 5), "log_q": torch.full((3, 2), -1.5), "ids": torch.tensor([[0, 1]] * 3),
+    }  # fmt: skip
+    originals = {
+        "F.kl_div(": 'F.kl_div(F.log_softmax(s / T, -1), F.softmax(t / T, -1), reduction="batchmean")',
+        "TRL": "trl.generalized_jsd_loss(s, t, y, beta, T)",
+        "ReverseKLLoss": "torchtune.ReverseKLLoss()(s, t, y)",
+        "mdistiller `kd_loss": "mdistiller.kd_loss(s, t, T)",
+        "its fork": "mdistiller.kd_loss(s, t, T, logit_stand=True)",
+        # Targets of -100 are an error there.
+        "dkd_loss": "mdistiller.dkd_loss(s, t, y, alpha, beta, T)",
+        "torchdistill": "torchdistill.LogitsKDLoss(T, alpha)(s, t, y)",
+        "`alpha` None": "torchdistill.LogitsKDLoss(T)(s, t)",
+        "Automodel": "T * T * trl.generalized_jsd_loss(s, t, y, 0, T, num_items_in_batch=n)",
+        "LigerFused": "0.5 * F.cross_entropy(h @ W.T, y) + 0.5 * trl.generalized_jsd_loss(h @ W.T, ht @ Wt.T, y)",
+        "speculators": "trl.generalized_jsd_loss(s, t, beta=0.5, reduction='none').sum(-1)",
+        "verl": "(log_q.exp() * (log_q - F.log_softmax(s, -1)[:, :2])).sum(-1)",
+    }
+    compared = set()
+    for row in table:
+        *_, call = re.split(r" \| ", row.strip("| "))
+        found = re.match(r"`((?:\w+_)?kd_loss\(.*?\))`", call)
+        original = next((key for key in originals if key in row), None)
+        if found is None or original is None or original in compared:
+            continue
+        ours = eval(found[1].replace("divergence=...", "divergence='jsd'"), namespace)
+        torch.testing.assert_close(
+            ours, eval(originals[original], namespace), msg=lambda m, row=row: f"{row}: {m}"
+        )
+        compared.add(original)
+    assert compared == set(originals)
