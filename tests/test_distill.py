@@ -137,6 +137,57 @@ def test_views_are_read_in_place(backend, divergence):
     check(base.t()[:40, :3].t(), other[:, :40, 0], **divergence)
 
 
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize("dtype", [F32, F16], ids=str)
+def test_rows_whose_maximum_comes_late(backend, divergence, around, dtype):
+    """Kernels take columns in blocks, relative to the maxima so far: rising ones, of one side and of both."""
+    rise = torch.linspace(0, 30, 5000)
+    student, teacher = torch.randn(4, 5000), torch.randn(4, 5000)
+    student[0] += rise
+    teacher[1] += rise
+    student[2] += rise
+    teacher[2] += rise.flip(0) * 0.5
+    student[3, :2100] = teacher[3, :2100] = -math.inf
+    student, teacher = student.to(dtype), teacher.to(dtype)
+    labels = torch.tensor([4999, 0, 2047, 2500])
+    for t in (2.0, 2.5):
+        check(student, teacher, temperature=t, **divergence, **AROUND[around])
+        check(student, teacher, labels, temperature=t, label_weight=0.4, **divergence, **AROUND[around])
+
+
+def test_infinite_terms_without_mass_in_the_end(backend):
+    """What an early block has of +inf is nothing beside a maximum that comes later."""
+    for side, name in enumerate(("forward_kl", "reverse_kl")):
+        sides = torch.randn(2, 5000)
+        sides[:, 4000] = 300.0
+        without = sides.clone()
+        sides[side, 7] = -math.inf  # the other side's mass is there, at first, and underflows
+        without[:, 7] = -math.inf
+        for actual, expected in zip(
+            run(*sides, divergence=name), run(*without, divergence=name), strict=True
+        ):
+            assert actual.isfinite().all()
+            torch.testing.assert_close(actual, expected)
+
+
+def test_the_loss_is_the_same_without_gradients(backend, divergence):
+    student, teacher = 3 * torch.randn(3, 4500), 3 * torch.randn(3, 4500)
+    labels = torch.tensor([4, 2100, 4499])
+    for options in ({}, {"softcap": 5.0}, {"standardize": True}):
+        with_both = run(student, teacher, **divergence, **options)[0]
+        assert torch.equal(with_both, run(student, teacher, teacher_grad=False, **divergence, **options)[0])
+        assert torch.equal(with_both, kd_loss(student, teacher, **divergence, **options))
+    labelled = run(student, teacher, labels, temperature=2.5, **LABELLED, **divergence)[0]
+    assert torch.equal(labelled, kd_loss(student, teacher, labels, temperature=2.5, **LABELLED, **divergence))
+
+
+def test_weights_below_zero(backend, divergence):
+    student, teacher = torch.randn(3, 40).half(), torch.randn(3, 40).half()
+    options = {"row_weight": torch.tensor([1.0, -2.0, 0.5]), "reduction": "sum", **divergence}
+    check(student, teacher, **options)
+    check(student, teacher, torch.tensor([3, 4, 5]), **LABELLED, **options)
+
+
 @pytest.mark.parametrize("scale", [100, 1e4])
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 def test_large_logits_are_finite_and_right(backend, divergence, scale, dtype):

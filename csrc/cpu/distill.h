@@ -201,7 +201,7 @@ struct DistillRun {
       }
       const Refs before = refs;
       raise(x, n, max);
-      move(sums, before, refs, inv_t);
+      move(sums, before, refs, inv_t, sizeof(F) == 4 ? 0x1p-126 : 0x1p-1022);
       const PairSums of = sweep_block(x[m], x[o], begin, n, careful);
       if (power) sweep_hot(x[kStudent], begin, n, max[kStudent]);
       sums = {sums.m + of.m, sums.o + of.o, sums.gap + of.gap, sums.cross + of.cross};

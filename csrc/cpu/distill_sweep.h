@@ -39,11 +39,12 @@ FT_HD double f_delta(const Refs& from, const Refs& to) {
   return (reference(from.m) - reference(to.m)) + (reference(to.o_at_m) - reference(from.o_at_m));
 }
 
-FT_HD void move(PairSums& sums, const Refs& from, const Refs& to, double inv_t) {
+// Mass below `smallest` is none, as in one block of F: an infinite term of it is nothing.
+FT_HD void move(PairSums& sums, const Refs& from, const Refs& to, double inv_t, double smallest) {
   if (from.m == to.m && from.o == to.o) return;
   const double on_m = rescale(reference(from.m), reference(to.m), inv_t);
   const double on_o = rescale(reference(from.o), reference(to.o), inv_t);
-  sums.cross = moved(sums.cross, sums.m, f_delta(from, to), on_m);
+  sums.cross = moved(sums.cross, sums.m, f_delta(from, to), on_m < smallest ? 0 : on_m);
   const double relative = sums.gap / sums.m;
   const bool small = relative > -0.5 && relative < 0.5;  // else it holds no more than the sums do
   const double m = scaled(sums.m, on_m), o = scaled(sums.o, on_o);
