@@ -78,6 +78,42 @@ def topk_kd(student: Tensor, values: Tensor, indices: Tensor) -> Tensor:
     return (log_q.exp() * (log_q - log_p)).sum(dim=-1).mean()
 
 
+def reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    """`KL(student || teacher)`, both [rows, V]: the mean over rows.
+
+    MiniLLM's and DistiLLM's `reverse_kl` (`distillm/losses.py`), without their masks of infinities and tokens.
+    """
+    log_p = F.log_softmax(student, dim=-1)
+    log_q = F.log_softmax(teacher, dim=-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+
+
+def jsd(student: Tensor, teacher: Tensor, beta: float = 0.5) -> Tensor:
+    """The generalized Jensen-Shannon divergence, both [rows, V]: the mean over rows.
+
+    `generalized_jsd_loss` of TRL's GKDTrainer, at temperature 1.
+    """
+    student_log_probs = F.log_softmax(student, dim=-1)
+    teacher_log_probs = F.log_softmax(teacher, dim=-1)
+    weight = torch.tensor(beta, dtype=student_log_probs.dtype, device=student.device)
+    mixture_log_probs = torch.logsumexp(
+        torch.stack([student_log_probs + torch.log1p(-weight), teacher_log_probs + torch.log(weight)]), dim=0
+    )
+    kl_teacher = F.kl_div(mixture_log_probs, teacher_log_probs, reduction="none", log_target=True)
+    kl_student = F.kl_div(mixture_log_probs, student_log_probs, reduction="none", log_target=True)
+    return (weight * kl_teacher + (1 - weight) * kl_student).sum(-1).mean()
+
+
+def tvd(student: Tensor, teacher: Tensor) -> Tensor:
+    """The total variation distance, both [rows, V]: the mean over rows.
+
+    DistiLLM's `tv_distance` (`distillm/losses.py`), without its masks.
+    """
+    p = F.softmax(student, dim=-1)
+    q = F.softmax(teacher, dim=-1)
+    return (0.5 * (p - q).abs()).sum(-1).mean()
+
+
 def l2sp(params: Sequence[Tensor], start: Sequence[Tensor], strength: float) -> Tensor | float:
     """`strength * sum ||p - p0||^2` over two lists of equal shapes; a scalar to call `.backward()` on.
 

@@ -6,6 +6,7 @@ by piece, because float64 copies of it do not fit into memory beside what is bei
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -25,6 +26,23 @@ def kd(student: Tensor, teacher: Tensor, temperature: float) -> Answer:
     loss = temperature**2 * (q * (log_q - log_p)).sum() / rows
     grad = temperature / rows * (log_p.exp() - q)
     return [loss, grad]
+
+
+def divergence(name: str, student: Tensor, teacher: Tensor) -> Answer:
+    """Loss and gradient of the mean over rows of reverse KL, jsd (beta 1/2) or tvd, at T = 1."""
+    x, y = torch.log_softmax(student.double(), -1), torch.log_softmax(teacher.double(), -1)
+    p, q = x.exp(), y.exp()
+    if name == "reverse_kl":
+        f = x - y
+        loss = (p * f).sum()
+    elif name == "jsd":
+        m = torch.logaddexp(x, y) - math.log(2)
+        f = (x - m) / 2
+        loss = (p * f + q * (y - m) / 2).sum()
+    else:
+        f = (p - q).sign() / 2
+        loss = (p - q).abs().sum() / 2
+    return [loss / len(p), p * (f - (p * f).sum(-1, keepdim=True)) / len(p)]
 
 
 def linear_kd(
@@ -138,6 +156,17 @@ class Distillation:
         if self._labels is None:
             return kd(student, teacher, self._temperature)
         return kd_with_labels(student, teacher, self._labels[rows], self._temperature, self._label_weight)
+
+
+class Divergence(Distillation):
+    """The same with another divergence, at T = 1."""
+
+    def __init__(self, student: Tensor, teacher: Tensor, name: str) -> None:
+        super().__init__(student, teacher, None, 1.0, 0.0)
+        self._name = name
+
+    def _exact(self, rows: slice) -> Answer:
+        return divergence(self._name, self._student[rows], self._teacher[rows])
 
 
 def l2sp(params: Sequence[Tensor], start: Sequence[Tensor], had: float, strength: float) -> Iterator[Tensor]:

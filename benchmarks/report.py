@@ -20,6 +20,8 @@ SECTIONS = [
      "Roofline and floor as without labels: the label term reads nothing more."),
     ("kd: forward only", ("forward",),
      "Floor: read both logits, write nothing. Roofline: `torch.add(a, b, out=o)`, the faster of the two adds."),
+    ("kd by other divergences, forward and backward", ("divergence",),
+     "Roofline and floor as of kd: what is read and written is the same."),
     ("kd from the teacher's k largest outputs, forward and backward", ("topk",),
      "Roofline: `torch.neg(a)` into new memory. Floor: read the student, write the gradient."),
     ("kd from hidden states and heads, forward and backward", ("linear",),

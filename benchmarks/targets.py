@@ -98,6 +98,9 @@ def _kd() -> Iterable[Target]:
         yield _against(f"kd_{size}_bf16", NAIVE, 15)
         yield _against(f"kd_{size}_bf16", COMPILED, 7)
         yield _faster_than_own(f"kd_{size}_bf16", f"kd_{size}")
+    for divergence in ("reverse_kl", "jsd", "tvd"):
+        yield _against(f"kd_{divergence}_256x32000", NAIVE, 8)
+        yield _against(f"kd_{divergence}_256x32000", COMPILED, 2.5)
     yield _against("kd_topk_64_256x32000", "kd_loss, all columns", 1)
     for size in ("256x32000", "64x128256", "1024x1000"):
         yield _roofline(f"kd_forward_{size}", 0.85)

@@ -11,6 +11,7 @@ from functools import partial
 
 from benchmarks.cases.common import DTYPES, Spec, make
 from benchmarks.cases.kd_builders import new_and_given, variants
+from benchmarks.cases.kd_divergences import divergence_specs
 from benchmarks.cases.kd_linear import linear_specs
 from benchmarks.cases.kd_problem import Problem
 from benchmarks.cases.kd_topk import topk_specs
@@ -126,7 +127,7 @@ def specs() -> list[Spec]:
         spec = plain(rows, vocab, "fp32", tags)
         if spec.key not in known:
             listed.append(replace(spec, about=spec.about | {"group": "scan"}))
-    return [*listed, *special_specs(), *topk_specs(), *linear_specs()]
+    return [*listed, *special_specs(), *divergence_specs(), *topk_specs(), *linear_specs()]
 
 
 def special_specs() -> list[Spec]:
