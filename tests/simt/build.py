@@ -136,7 +136,8 @@ class Programs:
         command = quote(compiler.command)
         file = root / self.folder / "build.ninja"
         file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("w") as stream:
+        new = file.with_suffix(f".{os.getpid()}")  # ninja of another process never sees half of it
+        with new.open("w") as stream:
             ninja = ninja_syntax.Writer(stream, width=200)
             ninja.variable("builddir", self.folder)
             ninja.rule(
@@ -154,6 +155,7 @@ class Programs:
                     source = f"tests/simt/{name}.cpp"
                     ninja.build(f"{target}.o", "compile", source, variables={"flags": kernels})
                     ninja.build(target, "link", [f"{target}.o", *machine], variables={"flags": kernels})
+        new.replace(file)
         return file
 
     def build(self, wanted: Iterable[tuple[str, str]], root: Path = ROOT) -> None:
