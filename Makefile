@@ -8,6 +8,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 ARGS ?=
+WORKERS ?= 2
 EXAMPLES ?= $(wildcard examples/s[0-9]_*.py)
 
 ENV_STAMP := $(VENV)/.stamp-environment
@@ -38,8 +39,9 @@ bench: $(BUILD_STAMP)
 bench-quick: $(BUILD_STAMP)
 	@$(PY) -m benchmarks run --tag quick $(ARGS)
 
+# One file at a time per process: fixtures of a file are made once.
 test: $(BUILD_STAMP)
-	@$(PY) -m pytest tests $(ARGS)
+	@$(PY) -m pytest tests -n $(WORKERS) --dist loadfile $(ARGS)
 
 build: $(BUILD_STAMP)
 	@echo "fasttransfer is built and up to date"

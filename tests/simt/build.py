@@ -7,11 +7,12 @@ python -m tests.simt.build asan cases_kd_row   # a program and its sanitizer: pl
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -71,6 +72,16 @@ def contraction() -> tuple[str, ...]:
     return ("-ffp-contract=fast",)
 
 
+@contextlib.contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    """One process of pytest-xdist builds, the others wait and find it built."""
+    folder = root / "build/simt"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def _make(root: Path, library: Library) -> Path:
     """ninja's output is shown only where it fails."""
     # make() lets ninja write to stderr: a file in its place, so that the message can be in the exception.
@@ -112,7 +123,8 @@ def library(root: Path = ROOT) -> Path:
         link_flags=(f"-L{torch.root / 'lib'}", *TORCH_LIBRARIES),
         units=units,
     )
-    return _make(root, library)
+    with _alone(root):
+        return _make(root, library)
 
 
 @dataclass(frozen=True)
@@ -165,7 +177,10 @@ class Programs:
         file = self.write(root).relative_to(root)
         targets = [self.path(name, sanitizer) for name, sanitizer in wanted]
         command = [os.path.join(ninja.BIN_DIR, "ninja"), "-f", str(file), *jobs(os.environ), *targets]
-        done = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        with _alone(root):
+            done = subprocess.run(
+                command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
         if done.returncode != 0:
             raise BuildFailed(done.stdout[-8000:])
 
