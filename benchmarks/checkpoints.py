@@ -7,8 +7,8 @@ Pairs of checkpoints with the shapes of a Llama are made, in bf16 and in fp32. T
 - floor: `cat` of both inputs to /dev/null, `cp` of one, `sync` of the copy
 - blend: `blend_checkpoints` in a process that has imported it, output on disk; and the whole command, from the shell
 
-Anonymous memory is RssAnon, polled from outside, above what it was after the imports. The kills come at random moments
-of the command; then the same command runs to its end, and the result is compared with an uninterrupted one's.
+Anonymous memory is RssAnon, polled from outside, above what it was after the imports. A kill comes at a random moment
+of the blend; then the same command runs to its end, and the result is compared with an uninterrupted one's.
 Needs Linux and five times the size of a checkpoint on disk.
 """
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import filecmp
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -32,6 +33,7 @@ from typing import Any
 import torch
 
 from benchmarks.machine import OtherLoad, environment
+from fasttransfer.__main__ import main as fasttransfer_main
 
 ALPHA = "0.7"
 _CHILD = """
@@ -201,32 +203,44 @@ def measure(pair: tuple[Path, Path], folder: Path, rounds: int) -> dict[str, Any
     }
 
 
+def blend_in_a_fork(pair: tuple[Path, Path], output: Path) -> multiprocessing.process.BaseProcess:
+    """The command in a process that has its imports behind it: all of its time is that of the blend."""
+    arguments = command(pair, output)[3:]
+    process = multiprocessing.get_context("fork").Process(
+        target=lambda: sys.exit(fasttransfer_main(arguments))
+    )
+    process.start()
+    return process
+
+
 def survive(pair: tuple[Path, Path], folder: Path, tries: int) -> dict[str, Any]:
     """Kill it at random moments, go on, compare."""
     reference, output = folder / "reference", folder / "killed"
-    whole = time.perf_counter()
-    subprocess.run(command(pair, reference), check=True)
-    whole = time.perf_counter() - whole
-    chance = random.Random(0)
+    blend_in_a_fork(pair, reference).join()
+    written = output.with_name("killed.partial") / "files" / pair[0].name
+    chance, size = random.Random(0), pair[0].stat().st_size
     identical, resumed, finished = 0, [], 0
     for _ in range(tries):
-        process = subprocess.Popen(command(pair, output))
-        time.sleep(chance.uniform(0, 1.1 * whole))
+        process = blend_in_a_fork(pair, output)
+        until = chance.uniform(0, size)
+        while process.is_alive() and not (written.exists() and written.stat().st_size >= until):
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, 0.01))
         process.kill()
-        process.wait()
-        if output.exists():  # killed after the end, or between the rename and the end
-            finished += 1
+        process.join()
+        finished += output.exists()
         journal = output.with_name("killed.partial") / "progress.json"
         resumed.append(sum(json.loads(journal.read_text())["done"].values()) if journal.exists() else 0)
         if not output.exists() or journal.exists():
-            subprocess.run(command(pair, output), check=True)
+            again = blend_in_a_fork(pair, output)
+            again.join()
+            assert again.exitcode == 0, again.exitcode
         same = filecmp.cmp(reference / pair[0].name, output / pair[0].name, shallow=False)
         identical += same and not journal.parent.exists()
         remove(output)
     remove(reference)
-    print(
-        f"  kill -9: {identical} of {tries} identical, {sum(n > 0 for n in resumed)} resumed, {finished} had ended"
-    )
+    went_on = sum(n > 0 for n in resumed)
+    print(f"  kill -9: {identical} of {tries} identical, {went_on} resumed, {finished} had ended", flush=True)
     return {"tries": tries, "identical": identical, "had_ended": finished, "resumed_bytes": resumed}
 
 
