@@ -74,7 +74,7 @@ FT_DEVICE void distill_row(const DistillCall& call, int64_t i, DistillShared<A>&
 }
 
 template <class A, Divergence D>
-FT_KERNEL void FT_BOUNDS(kDistillThreads<A>, 1) distill_kernel(FT_PARAMS(DistillCall) call) {
+FT_KERNEL void FT_BOUNDS((kDistillThreads<A, D>), 1) distill_kernel(FT_PARAMS(DistillCall) call) {
   DistillShared<A>& block = *shared<DistillShared<A>>(0);
   for (int64_t i = device::block(); i < call.kd.rows; i += blocks()) {
     if (thread() == 0) begin_row<A, D>(call, i, block);
@@ -94,28 +94,30 @@ FT_KERNEL void FT_BOUNDS(kDistillThreads<A>, 1) distill_kernel(FT_PARAMS(Distill
   }
 }
 
-// As many threads as a row has steps for.
-template <class A>
-Grid distill_grid(const DistillCall& call) {
+// One block per row; as many threads as there are steps for.
+template <class A, Divergence D>
+void launch_with(const DistillCall& call, Stream stream) {
+  constexpr int kMost = kDistillThreads<A, D>;
   int threads = kWarp;
-  while (threads < kDistillThreads<A> && threads * 2 < call.kd.columns) threads *= 2;
-  return {call.kd.rows < kMostBlocks ? call.kd.rows : kMostBlocks, threads, 1, int64_t(sizeof(DistillShared<A>))};
+  while (threads < kMost && threads * 2 < call.kd.columns) threads *= 2;
+  const Grid grid{call.kd.rows < kMostBlocks ? call.kd.rows : kMostBlocks, threads < kMost ? threads : kMost, 1,
+                  int64_t(sizeof(DistillShared<A>))};
+  launch(distill_kernel<A, D>, grid, stream, call);
 }
 
 template <class A>
 void launch_divergence(const DistillCall& call, Divergence divergence, Stream stream) {
-  const Grid grid = distill_grid<A>(call);
   switch (divergence) {
     case Divergence::kForwardKL:
-      return launch(distill_kernel<A, Divergence::kForwardKL>, grid, stream, call);
+      return launch_with<A, Divergence::kForwardKL>(call, stream);
     case Divergence::kReverseKL:
-      return launch(distill_kernel<A, Divergence::kReverseKL>, grid, stream, call);
+      return launch_with<A, Divergence::kReverseKL>(call, stream);
     case Divergence::kJsd:
-      return launch(distill_kernel<A, Divergence::kJsd>, grid, stream, call);
+      return launch_with<A, Divergence::kJsd>(call, stream);
     case Divergence::kTvd:
-      return launch(distill_kernel<A, Divergence::kTvd>, grid, stream, call);
+      return launch_with<A, Divergence::kTvd>(call, stream);
     case Divergence::kDecoupled:
-      return launch(distill_kernel<A, Divergence::kDecoupled>, grid, stream, call);
+      return launch_with<A, Divergence::kDecoupled>(call, stream);
   }
 }
 

@@ -7,10 +7,12 @@ namespace ft::distill {
 
 enum class Divergence : int { kForwardKL, kReverseKL, kJsd, kTvd, kDecoupled };
 
-// In double a thread needs more than the 128 registers that 512 of them leave each.
-template <class A>
-inline constexpr int kDistillThreads = sizeof(A) == 8 ? 256 : 512;
-inline constexpr int kDistillWarps = kDistillThreads<float> / kWarp;
+// So many that a thread has the registers that it needs, on every architecture: at most 128 of 512, 168 of 384.
+template <class A, Divergence D>
+inline constexpr int kDistillThreads = sizeof(A) == 8                                   ? 256
+                                       : D == Divergence::kJsd || D == Divergence::kTvd ? 384
+                                                                                        : 512;
+inline constexpr int kDistillWarps = 16;
 inline constexpr int kColumns = 4;  // in flight per thread and side
 inline constexpr int kStats = 5;    // KL(q || p), CE, entropies of p and q, agreement
 
