@@ -60,9 +60,8 @@ struct DistillRun {
         input{call_, row_, scratch} {
     hot = !distills || (wants_label && (inv_t != 1 || call.standardize || decoupled() ||
                                         (row.label_weight != 0 && call.label_smoothing != 0)));
-    const bool kept = !is_kl() || row.grad[kStudent];
-    if (__is_same(F, float) && hot && distills && kept && !call.standardize && !decoupled() &&
-        call.label_smoothing == 0 && (inv_t == 0.5 || inv_t == 1.0 / 3 || inv_t == 0.25)) {
+    if (__is_same(F, float) && hot && distills && !call.standardize && !decoupled() && call.label_smoothing == 0 &&
+        (inv_t == 0.5 || inv_t == 1.0 / 3 || inv_t == 0.25)) {
       power = int(1 / inv_t + 0.5);
     }
   }
@@ -161,7 +160,8 @@ struct DistillRun {
     if (call.divergence == Divergence::kTvd) return softmax_sweep<F, false>(xm, xo, n, at, em, eo, w);
     if constexpr (__is_same(F, float)) {
       if (!careful) {
-        const bool for_o = row.grad[o], for_m = row.grad[m];
+        // With a power, the student's are kept whatever is wanted.
+        const bool for_o = row.grad[o] || (power && o == kStudent), for_m = row.grad[m] || (power && m == kStudent);
         const PairSums of = for_o   ? for_m ? kl_sweep<F, true, true, false>(xm, xo, n, at, em, eo, w)
                                             : kl_sweep<F, true, false, false>(xm, xo, n, at, em, eo, w)
                             : for_m ? kl_sweep<F, false, true, false>(xm, xo, n, at, em, eo, w)
