@@ -199,7 +199,7 @@ def measure(pair: tuple[Path, Path], folder: Path, rounds: int) -> dict[str, Any
         "peak_anonymous_bytes": max(peaks),
         "largest_tensor_bytes": largest,
         "memory_bound_bytes": int(1.5 * largest * 2),
-        "busy_processors_beside": others / wall if wall else None,
+        "busy_processors": others / wall if wall else None,
     }
 
 
