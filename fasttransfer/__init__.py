@@ -12,7 +12,8 @@ from fasttransfer.features import Features, extract_features
 from fasttransfer.fisher import fisher_importance
 from fasttransfer.kd import KDLoss, kd_loss
 from fasttransfer.kd_stats import KDStats
-from fasttransfer.l2sp import L2SP, l2sp_add_grad_, l2sp_penalty, l2sp_prox_
+from fasttransfer.l2sp import l2sp_add_grad_, l2sp_penalty, l2sp_prox_
+from fasttransfer.l2sp_module import L2SP
 from fasttransfer.linear_kd import LinearKDLoss, linear_kd_loss
 from fasttransfer.lora import lora_penalty
 from fasttransfer.maps import ConvMap, LinearMap

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fasttransfer import fast_lists
 from fasttransfer.checks import (
-    FLOATS,
     all_usable,
     check_number,
     check_tensor,
     hides_gradient,
     shape,
+    values_visible,
 )
 from fasttransfer.memory import written_once
-from fasttransfer.names import Tensors, check_patterns, collect, match, matches
+from fasttransfer.names import Collection, Tensors, collect, match
 from fasttransfer.ops.blend import blend_inplace_op
 from fasttransfer.ops.l2sp import L2SPFunction, difference, l2sp_add_grad_op, l2sp_value_op
-from fasttransfer.tensor_tree import TensorTree, split_name
+from fasttransfer.ops.library import compute_dtype
 
 
-def l2sp_penalty(params: Tensors, start: Tensors, strength: float) -> Tensor:
-    r"""``strength * sum ||p - p0||^2``, differentiable in ``params``.
+def l2sp_penalty(
+    params: Tensors, start: Tensors, strength: float, *, importance: Tensors | None = None
+) -> Tensor:
+    r"""``strength * sum F (p - p0)^2``, differentiable in ``params``; F = 1 unless there is an importance.
 
     Li, Grandvalet and Davoine, "Explicit Inductive Bias for Transfer Learning with Convolutional Networks" (2018),
     eq. 3, without its 1/2: the paper's alpha is ``2 * strength``. The gradient is ``2 * strength * (p - p0)``, 0 at
@@ -36,6 +38,8 @@ def l2sp_penalty(params: Tensors, start: Tensors, strength: float) -> Tensor:
         start: The start points, matched by position, length and shape (list) or by name and shape (dict, module).
             Constants: no gradient flows to them. Their dtypes may differ from the parameters'.
         strength: The lambda, at least 0.
+        importance: F, a weight per element, matched as ``start`` is: such as ``fisher_importance`` gives (elastic
+            weight consolidation, Kirkpatrick et al. 2017, eq. 3). At least 0 (values are checked on the CPU).
 
     Returns:
         A scalar, float32 (float64 if any parameter is): accumulated in fp32 blocks and float64 sums.
@@ -45,15 +49,20 @@ def l2sp_penalty(params: Tensors, start: Tensors, strength: float) -> Tensor:
         ValueError: Names, lengths, shapes or devices that do not match (the error names the parameter and both
             shapes), the same tensor twice, a negative strength.
     """
-    return _penalty(_check_pairs(params, start, check_number("strength", strength, 0)))
+    return penalty_of(_check_pairs(params, start, check_number("strength", strength, 0), importance))
 
 
 def l2sp_add_grad_(
-    params: Tensors, start: Tensors, strength: float, *, grad_scale: float | Tensor | None = None
+    params: Tensors,
+    start: Tensors,
+    strength: float,
+    *,
+    importance: Tensors | None = None,
+    grad_scale: float | Tensor | None = None,
 ) -> Tensor:
     """Add the penalty's gradient to ``p.grad`` and return the penalty: one pass over the list, no graph.
 
-    ``p.grad += grad_scale * 2 * strength * (p - p0)``. Where ``p.grad`` is None it is written. Call it between
+    ``p.grad += grad_scale * 2 * strength * F * (p - p0)``. Where ``p.grad`` is None it is written. Call it between
     ``backward()`` and ``optimizer.step()``, once per optimizer step: after ``scaler.unscale_`` and the all-reduce of
     gradients, before gradient clipping. Tensors that do not require grad (frozen) are skipped.
 
@@ -61,6 +70,7 @@ def l2sp_add_grad_(
         params: As in ``l2sp_penalty``.
         start: As in ``l2sp_penalty``.
         strength: As in ``l2sp_penalty``.
+        importance: As in ``l2sp_penalty``.
         grad_scale: Multiplies the gradient only, for gradients that are still scaled by a ``GradScaler``: a number
             or a one-element float tensor (read on its device, without a synchronisation). Default 1.
 
@@ -73,13 +83,12 @@ def l2sp_add_grad_(
     """
     if isinstance(params, Iterator):
         params = list(params)
-    if fast_lists.undisturbed():
+    if importance is None and fast_lists.undisturbed():
         value = fast_lists.l2sp_add_grad_(params, start, strength, grad_scale)
         if value is not None:
             return value
-    return _add_grad_(
-        _check_pairs(params, start, check_number("strength", strength, 0)).trained(), grad_scale
-    )
+    pairs = _check_pairs(params, start, check_number("strength", strength, 0), importance)
+    return add_grad_of_(pairs.trained(), grad_scale)
 
 
 def l2sp_prox_(params: Tensors, start: Tensors, strength: float, lr: float) -> None:
@@ -99,10 +108,10 @@ def l2sp_prox_(params: Tensors, start: Tensors, strength: float, lr: float) -> N
         TypeError, ValueError: As ``l2sp_penalty``; also for a parameter whose elements overlap in memory.
     """
     step = check_number("lr", lr, 0)
-    _prox_(_check_pairs(params, start, check_number("strength", strength, 0)).trained(), step)
+    prox_of_(_check_pairs(params, start, check_number("strength", strength, 0)).trained(), step)
 
 
-class _Selection(NamedTuple):
+class Selection(NamedTuple):
     """Parameters with their start points (None: 0) and strengths."""
 
     names: list[str]
@@ -110,182 +119,26 @@ class _Selection(NamedTuple):
     params: list[Tensor]
     start: list[Tensor | None]
     strength: list[float]
+    importance: list[Tensor | None]  # one each, or none at all
 
-    def trained(self) -> _Selection:
+    def trained(self) -> Selection:
         """Without what is frozen."""
         return self.part([p.requires_grad for p in self.params])
 
-    def part(self, kept: Sequence[bool]) -> _Selection:
+    def part(self, kept: Sequence[bool]) -> Selection:
         """Those that are marked."""
         if all(kept):
             return self
-        names, params, start, strength = (
-            [x for x, keep in zip(column, kept, strict=True) if keep]
-            for column in (self.names, self.params, self.start, self.strength)
+        names, params, start, strength, importance = (
+            [x for x, keep in zip(column, kept, strict=True) if keep] if column else []
+            for column in (self.names, self.params, self.start, self.strength, self.importance)
         )
-        return _Selection(names, self.label, params, start, strength)  # type: ignore[arg-type]
+        return Selection(names, self.label, params, start, strength, importance)  # type: ignore[arg-type]
 
 
-class L2SP(nn.Module):
-    """The L2-SP penalty of a model, with its start points.
-
-    ``strength * sum ||p - p0||^2`` over the parameters that have a start point, plus
-    ``new_strength * sum ||p||^2`` over those that have none. Start points are clones, part of the ``state_dict`` and
-    moved by ``.to()``. The model is not registered as a submodule. Frozen parameters (``requires_grad=False`` at the
-    time of the call) are skipped; tied parameters count once.
-
-    Args:
-        model: The model that is fine-tuned. Which of its parameters are penalised is settled here; they are looked up
-            by name at each call, so that ``load_state_dict(assign=True)`` or a replaced layer does not leave this
-            module with parameters that nobody trains.
-        strength: The lambda of the old parameters, at least 0.
-        start: None: the parameters as they are now. Or a state dict or a module, matched by name and shape: a
-            parameter that is missing there, or has another shape there (a replaced head), is a new one.
-        new: Names or glob pattern(s) of parameters that are new ones whatever ``start`` has under their names: a
-            replaced head of the old shape, or one in a snapshot. What ``replace_head`` returns will do. All of them
-            may be new.
-        new_strength: The lambda of the new parameters, at least 0.
-        include: Glob pattern(s) over parameter names; only these are penalised. Default: all.
-        exclude: Glob pattern(s) over parameter names that are not penalised at all.
-
-    Raises:
-        TypeError: An argument of the wrong type.
-        ValueError: A negative strength, a pattern that matches nothing, a ``start`` that shares no parameter.
-
-    Example:
-        >>> reg = L2SP(model, 0.01, start=pretrained.state_dict(), new_strength=0.001)
-        >>> (task_loss + reg()).backward()          # through autograd, or, faster:
-        >>> task_loss.backward(); reg.add_grad_(); optimizer.step()
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        strength: float,
-        *,
-        start: Mapping[str, Tensor] | nn.Module | None = None,
-        new: str | Iterable[str] | None = None,
-        new_strength: float = 0.0,
-        include: str | Sequence[str] | None = None,
-        exclude: str | Sequence[str] | None = None,
-    ) -> None:
-        super().__init__()
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        self.strength = check_number("strength", strength, 0)
-        self.new_strength = check_number("new_strength", new_strength, 0)
-        found = collect("model", model)
-        included = check_patterns("include", include, found.aliases)
-        excluded = check_patterns("exclude", exclude, found.aliases)
-        renewed = check_patterns("new", new, found.aliases)
-        params: dict[str, Tensor] = {}
-        for name, p in found.tensors.items():
-            names = found.names_of(name)
-            wanted = include is None or any(matches(n, included) for n in names)
-            if p.dtype in FLOATS and wanted and not any(matches(n, excluded) for n in names):
-                params[name] = p
-        if not params:
-            raise ValueError("model has no floating parameters left to penalise after include and exclude")
-        aliases = {name: found.names_of(name) for name in params}
-        old = {name: p for name, p in params.items() if not any(matches(n, renewed) for n in aliases[name])}
-        points = _start_points(old, aliases, start)
-        # In a tuple: registered, the model's parameters would be in this module's state_dict and moved by its .to().
-        self._model = (model,)
-        self._paths = [(name, *split_name(name)) for name in params]
-        self.start = TensorTree(points, "start points")
-        self.new_names = tuple(name for name in params if name not in points)
-
-    def forward(self) -> Tensor:
-        """The penalty, a scalar that is differentiable in the model's parameters."""
-        return _penalty(self._active())
-
-    def add_grad_(self, *, grad_scale: float | Tensor | None = None) -> Tensor:
-        """Add the penalty's gradient to the parameters' ``.grad`` and return the penalty, as ``l2sp_add_grad_``."""
-        return _add_grad_(self._active(), grad_scale)
-
-    def prox_(self, lr: float) -> None:
-        """The proximal step at step size ``lr``, in place, as ``l2sp_prox_``."""
-        _prox_(self._active(), check_number("lr", lr, 0))
-
-    @torch.no_grad()
-    def distance(self) -> dict[str, Tensor]:
-        """``||p - p0||`` per parameter that has a start point, frozen ones included: scalars on their device."""
-        points, params = self.start.tensors(), self._params()
-        return {name: torch.linalg.vector_norm(difference(params[name], p0)) for name, p0 in points.items()}
-
-    def extra_repr(self) -> str:
-        """Strengths and how many parameters have a start point."""
-        counts = f"with_start={len(self._paths) - len(self.new_names)}, new={len(self.new_names)}"
-        return f"strength={self.strength}, new_strength={self.new_strength}, {counts}"
-
-    def _params(self) -> dict[str, Tensor]:
-        """The model's parameters as they are now, by name."""
-        (model,) = self._model
-        owners: dict[str, nn.Module] = {}
-        params: dict[str, Tensor] = {}
-        for name, path, leaf in self._paths:
-            if path not in owners:
-                try:
-                    owners[path] = model.get_submodule(path)
-                except AttributeError:
-                    raise ValueError(f"model no longer has a module {path!r}: make a new L2SP") from None
-            p = owners[path]._parameters.get(leaf)
-            if p is None:
-                raise ValueError(f"model no longer has a parameter {name!r}: make a new L2SP")
-            params[name] = p
-        return params
-
-    def _active(self) -> _Selection:
-        """What is penalised at this moment."""
-        points = self.start.tensors()
-        active = _Selection([], "parameter {!r}".format, [], [], [])
-        for name, p in self._params().items():
-            p0 = points.get(name)
-            if not p.requires_grad or (p0 is None and self.new_strength == 0):
-                continue
-            if p0 is not None and p0.shape != p.shape:
-                raise ValueError(
-                    f"the start point of {name!r} has shape {shape(p0)}, the parameter now {shape(p)}"
-                )
-            if p0 is not None and p0.device != p.device:
-                raise ValueError(
-                    f"the start point of {name!r} is on {p0.device}, the parameter on {p.device}: call .to() on this "
-                    "L2SP as well"
-                )
-            active.names.append(name)
-            active.params.append(p)
-            active.start.append(p0)
-            active.strength.append(self.new_strength if p0 is None else self.strength)
-        return active
-
-
-def _start_points(
-    params: Mapping[str, Tensor], aliases: Mapping[str, list[str]], start: Any
-) -> dict[str, Tensor]:
-    """Clones of the start points of those parameters that have one, under any of a tied parameter's names."""
-    if start is None:
-        given: Mapping[str, Any] = params
-    elif isinstance(start, (nn.Module, Mapping)):
-        given = collect("start", start).aliases if isinstance(start, nn.Module) else start
-    else:
-        raise TypeError(f"start must be None, a state dict or a module, got {type(start).__name__}")
-    points: dict[str, Tensor] = {}
-    for name, p in params.items():
-        for alias in aliases[name]:
-            p0 = given.get(alias)
-            if isinstance(p0, Tensor) and p0.shape == p.shape:
-                check_tensor(f"start point of {alias!r}", p0)
-                points[name] = p0.detach().to(p.device, copy=True)
-                break
-    if params and not points:
-        raise ValueError(
-            "start shares no parameter with model by name and shape: "
-            f"model has {', '.join(list(params)[:3])}..., start has {', '.join(map(str, list(given)[:3]))}..."
-        )
-    return points
-
-
-def _check_pairs(params: Tensors, start: Tensors, strength: float) -> _Selection:
+def _check_pairs(
+    params: Tensors, start: Tensors, strength: float, importance: Tensors | None = None
+) -> Selection:
     given, points = collect("params", params), collect("start", start)
     if not given.tensors:
         raise ValueError("params holds no tensors")
@@ -301,21 +154,35 @@ def _check_pairs(params: Tensors, start: Tensors, strength: float) -> _Selection
                 f"params holds the same tensor twice: {given.label(seen[id(p)])}, {given.label(name)}"
             )
     names, tensors = list(given.tensors), list(given.tensors.values())
-    return _Selection(names, given.label, tensors, list(starts), [strength] * len(names))
+    weights = [] if importance is None else _check_importance(given, collect("importance", importance))
+    return Selection(names, given.label, tensors, list(starts), [strength] * len(names), weights)
 
 
-def _penalty(selected: _Selection) -> Tensor:
-    params, start, strength = selected[2:]
+def _check_importance(given: Collection, found: Collection) -> list[Tensor | None]:
+    weights = match(given, found)
+    for name, f in zip(given.tensors, weights, strict=True):
+        check_tensor(found.label(name), f)
+        if f.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{found.label(name)} requires grad, but it is a constant: pass it detached")
+        if values_visible(f) and bool((f < 0).any()):
+            raise ValueError(f"{found.label(name)} must be at least 0, got {f.min().item():g}")
+    return list(weights)
+
+
+def penalty_of(selected: Selection) -> Tensor:
+    """The penalty of a selection, differentiable."""
+    params, start, strength, importance = selected[2:]
     if not params:
         return torch.zeros(())
     if hides_gradient(params) or (torch.is_grad_enabled() and any(p.requires_grad for p in params)):
-        return L2SPFunction.apply(start, strength, *params)
-    return l2sp_value_op(params, start, strength)
+        return L2SPFunction.apply(start, strength, importance, *params)
+    return l2sp_value_op(params, start, strength, importance)
 
 
 @torch.no_grad()
-def _add_grad_(selected: _Selection, grad_scale: float | Tensor | None) -> Tensor:
-    params, start, strength = selected[2:]
+def add_grad_of_(selected: Selection, grad_scale: float | Tensor | None) -> Tensor:
+    """Its gradient, added to the parameters'."""
+    params, start, strength, importance = selected[2:]
     if isinstance(grad_scale, Tensor):
         check_tensor("grad_scale", grad_scale)
         if grad_scale.numel() != 1:
@@ -345,9 +212,10 @@ def _add_grad_(selected: _Selection, grad_scale: float | Tensor | None) -> Tenso
         accumulate.append(int(g is not None))
     if not torch.compiler.is_compiling():
         labels = [f"the gradient of {selected.label(name)}" for name in selected.names]
-        read = [[p] if p0 is None else [p, p0] for p, p0 in zip(params, start, strict=True)]
+        columns = [params, start, importance] if importance else [params, start]
+        read = [[t for t in row if t is not None] for row in zip(*columns, strict=True)]
         written_once(labels, grads, read, [object() for _ in labels])
-    value = l2sp_add_grad_op(params, start, grads, strength, accumulate, scale, scale_tensor)
+    value = l2sp_add_grad_op(params, start, grads, strength, importance, accumulate, scale, scale_tensor)
     for p, g, had in zip(params, grads, accumulate, strict=True):
         if not had:
             p.grad = g
@@ -355,15 +223,29 @@ def _add_grad_(selected: _Selection, grad_scale: float | Tensor | None) -> Tenso
 
 
 @torch.no_grad()
-def _prox_(selected: _Selection, lr: float) -> None:
+def prox_of_(selected: Selection, lr: float | Sequence[float]) -> None:
     """``(p + h p0)/(1 + h)`` is a blend with ``1/(1 + h)`` on ``p``; without a start point, of ``p`` and nothing."""
     if not torch.compiler.is_compiling():
         labels = [selected.label(name) for name in selected.names]
-        rows = [[] if p0 is None else [p0] for p0 in selected.start]
+        columns = [selected.start, selected.importance] if selected.importance else [selected.start]
+        rows = [[t for t in row if t is not None] for row in zip(*columns, strict=True)]
         written_once(labels, selected.params, rows, [object() for _ in labels])
+    sizes = [lr] * len(selected.params) if isinstance(lr, float) else list(lr)
+    steps = [2 * size * weight for size, weight in zip(sizes, selected.strength, strict=True)]
+    weighed = [f is not None for f in selected.importance] or [False] * len(steps)
     for has_start in (True, False):
-        params, start, strength = selected.part([(p0 is not None) == has_start for p0 in selected.start])[2:]
-        if params:
-            kept = [1 / (1 + 2 * lr * weight) for weight in strength]
-            scale = [] if has_start else [0.0] * len(params)
-            blend_inplace_op(params, start if has_start else params, kept, None, scale, None, [1.0])
+        chosen = [
+            i for i, p0 in enumerate(selected.start) if (p0 is not None) == has_start and not weighed[i]
+        ]
+        if chosen:
+            params, kept = [selected.params[i] for i in chosen], [1 / (1 + steps[i]) for i in chosen]
+            start: Any = [selected.start[i] for i in chosen] if has_start else params
+            blend_inplace_op(params, start, kept, None, [] if has_start else [0.0] * len(params), None, [1.0])
+    for i, (p, p0) in enumerate(zip(selected.params, selected.start, strict=True)):
+        if weighed[i]:
+            # Element by element: of h F/(1 + h F), which stays below 1, to the start point.
+            f = selected.importance[i]
+            assert f is not None
+            dtype = compute_dtype(p, p0, f)
+            share = 1 - 1 / (1 + steps[i] * f.to(dtype))
+            p.copy_(p.to(dtype) - share * difference(p, p0))

@@ -277,7 +277,7 @@ def test_parameters_without_a_start_point_are_read_only(backend):
     before = [p.detach().clone() for p in params]
     grads = [torch.zeros_like(p) for p in params]
     torch.ops.fasttransfer.l2sp_add_grad_(
-        [p.detach() for p in params], [None, None], grads, [0.5, 0.25], [0, 1], 3.0, None
+        [p.detach() for p in params], [None, None], grads, [0.5, 0.25], [], [0, 1], 3.0, None
     )
     for p, old, g, strength in zip(params, before, grads, (0.5, 0.25), strict=True):
         assert torch.equal(p.detach(), old)

@@ -34,7 +34,7 @@ def partial_sums(sizes):
 
 def add_grad(params, start, grads, accumulate=1, scale=None):
     with library.launches() as launches:
-        torch.ops.fasttransfer.l2sp_add_grad_(params, start, grads, [0.5], [accumulate], 1.0, scale)
+        torch.ops.fasttransfer.l2sp_add_grad_(params, start, grads, [0.5], [], [accumulate], 1.0, scale)
     return launches
 
 
@@ -48,7 +48,7 @@ def test_bytes_of_l2sp_with_its_gradient(simt, accumulate, bytes_of_one):
 
 def test_bytes_of_the_value_alone(simt):
     with library.launches() as launches:
-        torch.ops.fasttransfer.l2sp_value(a_list(), a_list(), [0.5])
+        torch.ops.fasttransfer.l2sp_value(a_list(), a_list(), [0.5], [])
     assert sum(launch.bytes for launch in launches) == 8 * sum(SIZES) + partial_sums(SIZES)
 
 
@@ -91,5 +91,5 @@ def test_the_result_does_not_depend_on_the_order_of_threads(simt):
     values = []
     for order in ("forward", "reverse"):
         with library.machine(order=order):
-            values.append(torch.ops.fasttransfer.l2sp_value(params, start, [0.5]))
+            values.append(torch.ops.fasttransfer.l2sp_value(params, start, [0.5], []))
     assert torch.equal(*values)

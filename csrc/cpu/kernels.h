@@ -100,9 +100,10 @@ struct DistillResult {
 // A run of one parameter: n elements that lie one after the other in every operand.
 struct L2spRun {
   const void* param;
-  const void* start;  // null: 0
-  void* grad;         // null: the value alone
-  DType param_dtype, start_dtype, grad_dtype;
+  const void* start;       // null: 0
+  const void* importance;  // null: 1
+  void* grad;              // null: the value alone
+  DType param_dtype, start_dtype, importance_dtype, grad_dtype;
   double factor;    // d grad / d (p - p0)
   bool accumulate;  // add to grad, or write it
   int64_t n;

@@ -29,7 +29,8 @@ class Items {
     sizes_.reserve(n);
   }
 
-  void add(const Flat& param, const Flat* start, const Flat* grad, const Step& step, int64_t n) {
+  void add(const Flat& param, const Flat* start, const Flat* importance, const Flat* grad, const Step& step,
+           int64_t n) {
     Item item;
     item.run.param = param.data;
     item.run.param_dtype = param.dtype;
@@ -38,6 +39,11 @@ class Items {
       item.run.start = start->data;
       item.run.start_dtype = start->dtype;
       item.in_double = item.in_double || start->dtype == DType::kFloat64;
+    }
+    if (importance) {
+      item.run.importance = importance->data;
+      item.run.importance_dtype = importance->dtype;
+      item.in_double = item.in_double || importance->dtype == DType::kFloat64;
     }
     if (grad) {
       item.run.grad = grad->data;
@@ -51,14 +57,17 @@ class Items {
     double_param_ = double_param_ || param.dtype == DType::kFloat64;
   }
 
-  void add(Operands& operands, const Tensor& param, const OptTensor& start, const Tensor* grad, const Step& step) {
-    Operand all[3] = {{&param, false}};
-    Flat flats[3];
+  void add(Operands& operands, const Tensor& param, const OptTensor& start, const OptTensor& importance,
+           const Tensor* grad, const Step& step) {
+    Operand all[4] = {{&param, false}};
+    Flat flats[4];
     size_t count = 1;
     if (start) all[count++] = {&*start, false};
+    if (importance) all[count++] = {&*importance, false};
     if (grad) all[count++] = {grad, true};
     operands.flatten(all, flats, count);
-    add(flats[0], start ? &flats[1] : nullptr, grad ? &flats[count - 1] : nullptr, step, param.numel());
+    add(flats[0], start ? &flats[1] : nullptr, importance ? &flats[start ? 2 : 1] : nullptr,
+        grad ? &flats[count - 1] : nullptr, step, param.numel());
   }
 
   // Where the value goes. Asked for before run(): what can fail comes before the first gradient is written.
@@ -70,7 +79,7 @@ class Items {
     return Tensor(value);
   }
 
-  // sum_i strength_i ||p_i - p0_i||^2, and whatever the runs write.
+  // sum_i strength_i sum F_i (p_i - p0_i)^2, and whatever the runs write.
   void run(const Tensor& value) const {
     std::vector<double> values(chunk_count(sizes_), 0.0);
     const Kernels& kernel = kernels();
@@ -78,6 +87,7 @@ class Items {
       L2spRun run = items_[i].run;
       run.param = advance(run.param, run.param_dtype, begin);
       run.start = advance(run.start, run.start_dtype, begin);
+      run.importance = advance(run.importance, run.importance_dtype, begin);
       run.grad = const_cast<void*>(advance(run.grad, run.grad_dtype, begin));
       run.n = n;
       const auto kernel_run = items_[i].in_double ? kernel.l2sp_run_double : kernel.l2sp_run_float;
@@ -108,10 +118,16 @@ class Items {
   bool double_param_ = false;
 };
 
-void check_lists(size_t params, size_t start, size_t strength) {
-  STD_TORCH_CHECK(params > 0 && start == params && (strength == params || strength == 1),
+void check_lists(size_t params, size_t start, size_t strength, size_t importance) {
+  STD_TORCH_CHECK(params > 0 && start == params && (strength == params || strength == 1) &&
+                      (importance == params || importance == 0),
                   "fasttransfer::l2sp: params and start must be lists of one length, at least 1, strength too or "
-                  "one value for all");
+                  "one value for all, importance too or empty");
+}
+
+const OptTensor kNone;
+const OptTensor& importance_of(const std::vector<OptTensor>& importance, size_t i) {
+  return importance.empty() ? kNone : importance[i];
 }
 
 double read_scalar(const Tensor& t) {
@@ -120,12 +136,14 @@ double read_scalar(const Tensor& t) {
   return is_double(t) ? *t.const_data_ptr<double>() : double(*t.const_data_ptr<float>());
 }
 
-Tensor l2sp_value(std::vector<Tensor> params, std::vector<OptTensor> start, std::vector<double> strength) {
-  check_lists(params.size(), start.size(), strength.size());
+Tensor l2sp_value(std::vector<Tensor> params, std::vector<OptTensor> start, std::vector<double> strength,
+                  std::vector<OptTensor> importance) {
+  check_lists(params.size(), start.size(), strength.size(), importance.size());
   Operands operands;
   Items items(params.size());
   for (size_t i = 0; i < params.size(); ++i) {
-    items.add(operands, params[i], start[i], nullptr, {value_of(strength, i), 0, false});
+    items.add(operands, params[i], start[i], importance_of(importance, i), nullptr,
+              {value_of(strength, i), 0, false});
   }
   Tensor value = items.new_value();
   items.run(value);
@@ -133,8 +151,8 @@ Tensor l2sp_value(std::vector<Tensor> params, std::vector<OptTensor> start, std:
 }
 
 std::vector<Tensor> l2sp_grad(std::vector<Tensor> params, std::vector<OptTensor> start, std::vector<double> strength,
-                              const Tensor& upstream) {
-  check_lists(params.size(), start.size(), strength.size());
+                              std::vector<OptTensor> importance, const Tensor& upstream) {
+  check_lists(params.size(), start.size(), strength.size(), importance.size());
   const double up = read_scalar(upstream);
   std::vector<Tensor> grads;
   grads.reserve(params.size());
@@ -143,7 +161,8 @@ std::vector<Tensor> l2sp_grad(std::vector<Tensor> params, std::vector<OptTensor>
   Items items(params.size());
   for (size_t i = 0; i < params.size(); ++i) {
     const double weight = value_of(strength, i);
-    items.add(operands, params[i], start[i], &grads[i], {weight, 2 * weight * up, false});
+    items.add(operands, params[i], start[i], importance_of(importance, i), &grads[i],
+              {weight, 2 * weight * up, false});
   }
   items.run(items.new_value());
   operands.finish();
@@ -151,9 +170,9 @@ std::vector<Tensor> l2sp_grad(std::vector<Tensor> params, std::vector<OptTensor>
 }
 
 Tensor l2sp_add_grad_(std::vector<Tensor> params, std::vector<OptTensor> start, std::vector<Tensor> grads,
-                      std::vector<double> strength, std::vector<int64_t> accumulate, double grad_scale,
-                      const OptTensor& grad_scale_tensor) {
-  check_lists(params.size(), start.size(), strength.size());
+                      std::vector<double> strength, std::vector<OptTensor> importance,
+                      std::vector<int64_t> accumulate, double grad_scale, const OptTensor& grad_scale_tensor) {
+  check_lists(params.size(), start.size(), strength.size(), importance.size());
   STD_TORCH_CHECK(grads.size() == params.size() && (accumulate.size() == params.size() || accumulate.size() == 1),
                   "fasttransfer::l2sp_add_grad_: one gradient per parameter, and one flag for each or for all");
   const double scale = grad_scale_tensor ? read_scalar(*grad_scale_tensor) : grad_scale;
@@ -162,7 +181,8 @@ Tensor l2sp_add_grad_(std::vector<Tensor> params, std::vector<OptTensor> start, 
   for (size_t i = 0; i < params.size(); ++i) {
     const double weight = value_of(strength, i);
     const bool add = accumulate[accumulate.size() == 1 ? 0 : i] != 0;
-    items.add(operands, params[i], start[i], &grads[i], {weight, 2 * weight * scale, add});
+    items.add(operands, params[i], start[i], importance_of(importance, i), &grads[i],
+              {weight, 2 * weight * scale, add});
   }
   Tensor value = items.new_value();
   items.run(value);
@@ -185,7 +205,7 @@ OptTensor run_plain(const Handles& params, const Handles& start, const Handles& 
     // Ranges do not tell whether an empty tensor is there twice.
     if (!fine || param.numel == 0) return std::nullopt;
     ranges.set(i, grad, true);
-    items.add(param.flat, &point.flat, &grad.flat, {strength, 2 * strength * grad_scale, true}, param.numel);
+    items.add(param.flat, &point.flat, nullptr, &grad.flat, {strength, 2 * strength * grad_scale, true}, param.numel);
   }
   if (!ranges.separate()) return std::nullopt;
   Tensor value = items.new_value();

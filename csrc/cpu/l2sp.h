@@ -1,9 +1,9 @@
 // The L2-SP penalty of one run of parameters, and its gradient.
 //
-//   value = sum (p - p0)^2          grad (+)= factor (p - p0)          p0 = 0 where there is no start point
-//
+//   value = sum F (p - p0)^2        grad (+)= factor F (p - p0)        p0 = 0 where there is no start point
+//                                                                     F = 1 where there is no importance
 // Passes over memory: one. Bytes per fp32 parameter: read p, p0, read and write grad = 16; 8 for the value alone,
-// 12 where the gradient is written and not added to.
+// 12 where the gradient is written and not added to; 4 more with an importance.
 #pragma once
 
 #include "cpu/blocks.h"
@@ -12,22 +12,31 @@
 namespace ft::FT_ISA {
 namespace {
 
-template <class F, bool kStart, bool kGrad, bool kAccumulate>
-FT_HD double l2sp_block(const F* p, const F* p0, const F* grad_in, F* grad, F factor, int64_t n) {
+// What a block reads and writes, in F.
+template <class F>
+struct L2spBlock {
+  const F *p, *p0, *importance, *grad_in;
+  F* grad;
+};
+
+template <class F, bool kStart, bool kImportance, bool kGrad, bool kAccumulate>
+FT_HD double l2sp_block(const L2spBlock<F>& at, F factor, int64_t n) {
   DoubleSum<F> total;
   Vec<F> sum{};
   int pending = 0;
   for_each_vector<F>(n, [&](int64_t i, auto mem) __attribute__((always_inline)) {
-    prefetch(p + i + kAhead<F>);
-    if constexpr (kStart) prefetch(p0 + i + kAhead<F>);
-    if constexpr (kAccumulate) prefetch(grad_in + i + kAhead<F>);
-    Vec<F> d = mem.load(p + i);
-    if constexpr (kStart) d -= mem.load(p0 + i);
-    sum += d * d;
+    prefetch(at.p + i + kAhead<F>);
+    if constexpr (kStart) prefetch(at.p0 + i + kAhead<F>);
+    if constexpr (kImportance) prefetch(at.importance + i + kAhead<F>);
+    if constexpr (kAccumulate) prefetch(at.grad_in + i + kAhead<F>);
+    Vec<F> d = mem.load(at.p + i);
+    if constexpr (kStart) d -= mem.load(at.p0 + i);
+    const Vec<F> weighed = kImportance ? d * mem.load(at.importance + i) : d;
+    sum += weighed * d;
     if constexpr (kGrad) {
-      Vec<F> g = d * factor;
-      if constexpr (kAccumulate) g += mem.load(grad_in + i);
-      mem.store(grad + i, g);
+      Vec<F> g = weighed * factor;
+      if constexpr (kAccumulate) g += mem.load(at.grad_in + i);
+      mem.store(at.grad + i, g);
     }
     // In fp32 over 8 vectors, then in double.
     if (++pending == 8) {
@@ -40,33 +49,40 @@ FT_HD double l2sp_block(const F* p, const F* p0, const F* grad_in, F* grad, F fa
   return total.total();
 }
 
+template <class F, bool kStart, bool kImportance>
+FT_HD double l2sp_block(const L2spBlock<F>& at, F factor, int64_t n) {
+  if (!at.grad) return l2sp_block<F, kStart, kImportance, false, false>(at, factor, n);
+  return at.grad_in ? l2sp_block<F, kStart, kImportance, true, true>(at, factor, n)
+                    : l2sp_block<F, kStart, kImportance, true, false>(at, factor, n);
+}
+
 template <class F>
 double l2sp_run(const L2spRun& run) {
-  Buffer<F> p_buffer, start_buffer, grad_in_buffer, grad_buffer;
-  const bool direct = is_type<F>(run.param_dtype) && (!run.start || is_type<F>(run.start_dtype)) &&
-                      (!run.grad || is_type<F>(run.grad_dtype));
+  Buffer<F> p_buffer, start_buffer, importance_buffer, grad_in_buffer, grad_buffer;
+  const auto is_direct = [](const void* data, DType dtype)
+                             __attribute__((always_inline)) { return !data || is_type<F>(dtype); };
+  const bool direct = is_direct(run.param, run.param_dtype) && is_direct(run.start, run.start_dtype) &&
+                      is_direct(run.importance, run.importance_dtype) && is_direct(run.grad, run.grad_dtype);
   const int64_t block = direct ? run.n : kBlock;
+  const F factor = F(run.factor);
   double value = 0;
   for (int64_t begin = 0; begin < run.n; begin += block) {
     const int64_t n = run.n - begin < block ? run.n - begin : block;
-    const F* p = read_block<F>(run.param_dtype, run.param, begin, n, p_buffer);
-    const F* p0 = run.start ? read_block<F>(run.start_dtype, run.start, begin, n, start_buffer) : nullptr;
-    const F factor = F(run.factor);
-    if (!run.grad) {
-      value += p0 ? l2sp_block<F, true, false, false>(p, p0, nullptr, nullptr, factor, n)
-                  : l2sp_block<F, false, false, false>(p, p0, nullptr, nullptr, factor, n);
-      continue;
-    }
-    F* grad = result_block<F>(run.grad_dtype, run.grad, begin, grad_buffer);
-    if (run.accumulate) {
-      const F* grad_in = read_block<F>(run.grad_dtype, run.grad, begin, n, grad_in_buffer);
-      value += p0 ? l2sp_block<F, true, true, true>(p, p0, grad_in, grad, factor, n)
-                  : l2sp_block<F, false, true, true>(p, p0, grad_in, grad, factor, n);
+    const auto read = [&](DType dtype, const void* data, Buffer<F>& buffer) __attribute__((always_inline)) {
+      return data ? read_block<F>(dtype, data, begin, n, buffer) : nullptr;
+    };
+    L2spBlock<F> at{};
+    at.p = read(run.param_dtype, run.param, p_buffer);
+    at.p0 = read(run.start_dtype, run.start, start_buffer);
+    at.importance = read(run.importance_dtype, run.importance, importance_buffer);
+    if (run.grad) at.grad = result_block<F>(run.grad_dtype, run.grad, begin, grad_buffer);
+    if (run.accumulate) at.grad_in = read(run.grad_dtype, run.grad, grad_in_buffer);
+    if (at.importance) {
+      value += at.p0 ? l2sp_block<F, true, true>(at, factor, n) : l2sp_block<F, false, true>(at, factor, n);
     } else {
-      value += p0 ? l2sp_block<F, true, true, false>(p, p0, nullptr, grad, factor, n)
-                  : l2sp_block<F, false, true, false>(p, p0, nullptr, grad, factor, n);
+      value += at.p0 ? l2sp_block<F, true, false>(at, factor, n) : l2sp_block<F, false, false>(at, factor, n);
     }
-    write_block<F>(run.grad_dtype, run.grad, begin, n, grad_buffer);
+    if (run.grad) write_block<F>(run.grad_dtype, run.grad, begin, n, grad_buffer);
   }
   return value;
 }

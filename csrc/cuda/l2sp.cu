@@ -27,11 +27,13 @@ class Parameters {
  public:
   Parameters(const Tensor& like, size_t n) : like_(like), operands_(like), items_(sizeof(L2spItem), n) {}
 
-  void add(const Tensor& param, const OptTensor& start, const Tensor* grad, double strength, bool accumulate) {
-    lists::Operand all[3] = {{&param, false}};
-    lists::Run runs[3];
+  void add(const Tensor& param, const OptTensor& start, const OptTensor& importance, const Tensor* grad,
+           double strength, bool accumulate) {
+    lists::Operand all[4] = {{&param, false}};
+    lists::Run runs[4];
     size_t count = 1;
     if (start) all[count++] = {&*start, false};
+    if (importance) all[count++] = {&*importance, false};
     if (grad) all[count++] = {grad, true};
     operands_.flatten(all, runs, count);
     double_param_ = double_param_ || runs[0].dtype == DType::kFloat64;
@@ -43,6 +45,11 @@ class Parameters {
     if (start) {
       item.start = runs[1].data;
       item.start_dtype = runs[1].dtype;
+    }
+    if (importance) {
+      const lists::Run& run = runs[start ? 2 : 1];
+      item.importance = run.data;
+      item.importance_dtype = run.dtype;
     }
     if (grad) {
       item.grad = const_cast<void*>(runs[count - 1].data);
@@ -58,7 +65,7 @@ class Parameters {
     operands_.finish();
   }
 
-  // sum_i strength_i ||p_i - p0_i||^2
+  // sum_i strength_i sum F_i (p_i - p0_i)^2
   Tensor run(const Scalar& scale) {
     const std::vector<lists::Slice> slices = items_.cut();
     const int64_t blocks = lists::count_blocks(slices);
@@ -85,29 +92,36 @@ class Parameters {
   bool double_param_ = false;
 };
 
-void check_lists(size_t params, size_t start, size_t strength) {
-  STD_TORCH_CHECK(params > 0 && start == params && (strength == params || strength == 1),
+void check_lists(size_t params, size_t start, size_t strength, size_t importance) {
+  STD_TORCH_CHECK(params > 0 && start == params && (strength == params || strength == 1) &&
+                      (importance == params || importance == 0),
                   "fasttransfer::l2sp: params and start must be lists of one length, at least 1, strength too or "
-                  "one value for all");
+                  "one value for all, importance too or empty");
+}
+
+const OptTensor kNone;
+const OptTensor& importance_of(const std::vector<OptTensor>& importance, size_t i) {
+  return importance.empty() ? kNone : importance[i];
 }
 
 Numbers scale_of(const Tensor& t, const Tensor& like) {
   return Numbers(t, 1, like, "fasttransfer::l2sp: a scale must be one float32 or float64 value");
 }
 
-Tensor l2sp_value(std::vector<Tensor> params, std::vector<OptTensor> start, std::vector<double> strength) {
-  check_lists(params.size(), start.size(), strength.size());
+Tensor l2sp_value(std::vector<Tensor> params, std::vector<OptTensor> start, std::vector<double> strength,
+                  std::vector<OptTensor> importance) {
+  check_lists(params.size(), start.size(), strength.size(), importance.size());
   const DeviceGuard guard(params[0]);
   Parameters parameters(params[0], params.size());
   for (size_t i = 0; i < params.size(); ++i) {
-    parameters.add(params[i], start[i], nullptr, lists::value_of(strength, i), false);
+    parameters.add(params[i], start[i], importance_of(importance, i), nullptr, lists::value_of(strength, i), false);
   }
   return parameters.run({nullptr, 1, false});
 }
 
 std::vector<Tensor> l2sp_grad(std::vector<Tensor> params, std::vector<OptTensor> start, std::vector<double> strength,
-                              const Tensor& upstream) {
-  check_lists(params.size(), start.size(), strength.size());
+                              std::vector<OptTensor> importance, const Tensor& upstream) {
+  check_lists(params.size(), start.size(), strength.size(), importance.size());
   const DeviceGuard guard(params[0]);
   const Numbers scale = scale_of(upstream, params[0]);
   std::vector<Tensor> grads;
@@ -115,16 +129,16 @@ std::vector<Tensor> l2sp_grad(std::vector<Tensor> params, std::vector<OptTensor>
   for (const Tensor& p : params) grads.push_back(torch::stable::empty_like(p));
   Parameters parameters(params[0], params.size());
   for (size_t i = 0; i < params.size(); ++i) {
-    parameters.add(params[i], start[i], &grads[i], lists::value_of(strength, i), false);
+    parameters.add(params[i], start[i], importance_of(importance, i), &grads[i], lists::value_of(strength, i), false);
   }
   parameters.run_grads(scale.scalar());
   return grads;
 }
 
 Tensor l2sp_add_grad_(std::vector<Tensor> params, std::vector<OptTensor> start, std::vector<Tensor> grads,
-                      std::vector<double> strength, std::vector<int64_t> accumulate, double grad_scale,
-                      const OptTensor& grad_scale_tensor) {
-  check_lists(params.size(), start.size(), strength.size());
+                      std::vector<double> strength, std::vector<OptTensor> importance,
+                      std::vector<int64_t> accumulate, double grad_scale, const OptTensor& grad_scale_tensor) {
+  check_lists(params.size(), start.size(), strength.size(), importance.size());
   STD_TORCH_CHECK(grads.size() == params.size() && (accumulate.size() == params.size() || accumulate.size() == 1),
                   "fasttransfer::l2sp_add_grad_: one gradient per parameter, and one flag for each or for all");
   const DeviceGuard guard(params[0]);
@@ -132,7 +146,8 @@ Tensor l2sp_add_grad_(std::vector<Tensor> params, std::vector<OptTensor> start, 
   if (grad_scale_tensor) scale = scale_of(*grad_scale_tensor, params[0]);
   Parameters parameters(params[0], params.size());
   for (size_t i = 0; i < params.size(); ++i) {
-    parameters.add(params[i], start[i], &grads[i], lists::value_of(strength, i), lists::value_of(accumulate, i) != 0);
+    parameters.add(params[i], start[i], importance_of(importance, i), &grads[i], lists::value_of(strength, i),
+                   lists::value_of(accumulate, i) != 0);
   }
   return parameters.run(scale ? scale->scalar() : Scalar{nullptr, grad_scale, false});
 }

@@ -1,17 +1,17 @@
 // The L2-SP penalty of a list of parameters, and its gradient.
 //
-//   value = sum_i strength_i sum (p_i - p0_i)^2        p0 = 0 where there is no start point
-//   grad_i (+)= 2 strength_i scale (p_i - p0_i)        scale: a constant, or one value in device memory
+//   value = sum_i strength_i sum F_i (p_i - p0_i)^2    p0 = 0 where there is no start point, F = 1 where no
+//   importance grad_i (+)= 2 strength_i scale F_i (p_i - p0_i)    scale: a constant, or one value in device memory
 //
 // In fp32 over one batch of a thread (at most 16 elements), then in double; fp64 where an operand is. Two kernels:
 // l2sp_kernel reads every operand once and leaves one partial sum per block, l2sp_total_kernel adds those in their
 // order, so that the value has the same bits at every run and on every device.
 //
 // Requested bytes, fp32: 16 per parameter (read p, p0, grad, write grad), 8 for the value alone, 12 where the
-// gradient is written and not added to. Beside that 16 per block for its partial sum (written and read; none where no
-// value is asked for), at most min(chunks, kMostBlocks) blocks per launch, a chunk being kChunk elements or a
-// tensor's last ones: 0.006% of the bytes of full chunks; 4 or 8 for the value; and where the scale is in device
-// memory, 4 or 8 of it per thread, of which a block moves one sector.
+// gradient is written and not added to; 4 more with an importance. Beside that 16 per block for its partial sum
+// (written and read; none where no value is asked for), at most min(chunks, kMostBlocks) blocks per launch, a chunk
+// being kChunk elements or a tensor's last ones: 0.006% of the bytes of full chunks; 4 or 8 for the value; and where
+// the scale is in device memory, 4 or 8 of it per thread, of which a block moves one sector.
 #pragma once
 
 #include <cstdint>
@@ -23,13 +23,14 @@ namespace ft::lists {
 
 struct L2spItem : Item {
   const void* param;
-  const void* start;  // null: 0
-  void* grad;         // null: the value alone
+  const void* start;       // null: 0
+  const void* importance;  // null: 1
+  void* grad;              // null: the value alone
   double strength;
-  DType param_dtype : 8, start_dtype : 8, grad_dtype : 8;
+  DType param_dtype : 8, start_dtype : 8, importance_dtype : 8, grad_dtype : 8;
   bool accumulate;  // add to grad, or write it
 };
-static_assert(sizeof(L2spItem) == 56, "the fewer bytes, the fewer launches");
+static_assert(sizeof(L2spItem) == 64, "the fewer bytes, the fewer launches");
 
 template <int kBytes>
 struct L2spCall {
@@ -40,7 +41,7 @@ struct L2spCall {
 static_assert(sizeof(L2spCall<kSmallTable>) <= kSmallTable + kBeside);
 
 // One thread's part of the sum of squares.
-template <class Access, class F, int L, int U, class Span>
+template <class Access, class F, int L, int U, bool kImportance, class Span>
 FT_DEVICE double l2sp_span(const L2spItem& item, const Span& span, int64_t begin, F factor) {
   double total = 0;
   for (int k = device::thread(); k < span.count; k += kThreads * U) {
@@ -48,6 +49,10 @@ FT_DEVICE double l2sp_span(const L2spItem& item, const Span& span, int64_t begin
     const bool add = item.grad && item.accumulate;
     const auto p = Access::template fetch_at<L>(item.param, item.param_dtype, places);
     const auto p0 = Access::template fetch_at<L>(item.start, item.start_dtype, places, item.start != nullptr);
+    Batch<F, L, U> weights;
+    if constexpr (kImportance) {
+      weights = Any<F>::template fetch_at<L>(item.importance, item.importance_dtype, places);
+    }
     const auto old = Access::template fetch_at<L>(item.grad, item.grad_dtype, places, add);
     F sum = 0, grad[U][L];
 #pragma unroll
@@ -55,8 +60,10 @@ FT_DEVICE double l2sp_span(const L2spItem& item, const Span& span, int64_t begin
 #pragma unroll
       for (int l = 0; l < L; ++l) {
         const F d = p.template get<F>(u, l) - p0.template get<F>(u, l);
-        sum += d * d;
-        grad[u][l] = old.template get<F>(u, l) + factor * d;
+        F weighed = d;
+        if constexpr (kImportance) weighed *= weights.template get<F>(u, l);
+        sum += weighed * d;
+        grad[u][l] = old.template get<F>(u, l) + factor * weighed;
       }
     }
     if (item.grad) Access::put_at(item.grad, item.grad_dtype, places, grad);
@@ -67,14 +74,25 @@ FT_DEVICE double l2sp_span(const L2spItem& item, const Span& span, int64_t begin
 
 template <class Access, class F, int L, int U>
 FT_DEVICE double l2sp_vectors(const L2spItem& item, const Piece& piece, double factor) {
-  return l2sp_span<Access, F, L, U>(item, Vectors<L>(piece), piece.begin, F(factor));
+  return l2sp_span<Access, F, L, U, false>(item, Vectors<L>(piece), piece.begin, F(factor));
 }
 template <class F>
 FT_DEVICE double l2sp_edges(const L2spItem& item, const Piece& piece, double factor) {
-  return l2sp_span<Any<F>, F, 1, 4>(item, Edges(piece), piece.begin, F(factor));
+  return l2sp_span<Any<F>, F, 1, 4, false>(item, Edges(piece), piece.begin, F(factor));
+}
+// With an importance every operand may be of any type: one way for all, by a vector at a time (registers).
+template <class F, int L>
+FT_DEVICE double l2sp_weighed(const L2spItem& item, const Piece& piece, double factor) {
+  double sum = 0;
+  if (piece.vectors) sum = l2sp_span<Any<F>, F, L, 1, true>(item, Vectors<L>(piece), piece.begin, F(factor));
+  return sum + l2sp_span<Any<F>, F, 1, 1, true>(item, Edges(piece), piece.begin, F(factor));
 }
 
 FT_DEVICE double l2sp_piece(const L2spItem& item, const Piece& piece, double factor) {
+  if (item.importance) {
+    const bool in_double = item.way == Way::kMixedDouble || item.way == Way::kElementsDouble;
+    return in_double ? l2sp_weighed<double, 2>(item, piece, factor) : l2sp_weighed<float, 4>(item, piece, factor);
+  }
   double sum = 0;
   switch (item.way) {
     case Way::kFloat32:

@@ -4,7 +4,7 @@
 // Why in the argument, also for lists that need several launches: a table in device memory needs a copy from pinned
 // memory whose lifetime someone must guard, a cache that compares entries (gradients move at each step), and has no
 // meaning that survives CUDA-graph capture once that memory is used again. An argument is copied by the launch itself
-// and is part of a captured graph. 32 KB are 582 parameters with gradients: one launch for nearly every model, and a
+// and is part of a captured graph. 32 KB are 509 parameters with gradients: one launch for nearly every model, and a
 // list that needs more of them keeps the device busy for longer than the next launch takes to arrive.
 //
 // Why chunks that end with their tensor: all operands of a piece then share one alignment, one dtype and one path.

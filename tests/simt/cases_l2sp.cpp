@@ -20,11 +20,13 @@ struct Spec {
   int64_t n;
   int offset_param, offset_start, offset_grad;
   bool has_start, has_grad, accumulate;
+  bool has_importance = false;
+  DType importance = DType::kFloat32;
 };
 
 struct Operands {
   Spec spec;
-  Buffer param, start, grad, before;
+  Buffer param, start, grad, before, importance;
   double strength;
   Operands(const Spec& s, Random& random)
       : spec(s),
@@ -32,9 +34,12 @@ struct Operands {
         start(s.start, s.n, s.offset_start),
         grad(s.grad, s.n, s.offset_grad),
         before(DType::kFloat64, s.n),
+        importance(s.importance, s.n, s.offset_start),
         strength(0.25 + random.uniform()) {
     param.fill(random, 1);
     start.fill(random, 1);
+    importance.fill(random, 1);
+    for (int64_t i = 0; i < s.n; ++i) importance.set(i, std::fabs(importance.get(i)));
     if (s.accumulate) grad.fill(random, 1);  // else NaN, which must not be read
     for (int64_t i = 0; i < s.n; ++i) before.set(i, s.accumulate ? grad.get(i) : 0);
   }
@@ -60,14 +65,17 @@ void run(const std::vector<Spec>& specs, double scale, int scale_kind, int few_b
     item.param_dtype = s.param;
     item.start = s.has_start ? o.start.data() : nullptr;
     item.start_dtype = s.start;
+    item.importance = s.has_importance ? o.importance.data() : nullptr;
+    item.importance_dtype = s.importance;
     item.grad = s.has_grad ? o.grad.data() : nullptr;
     item.grad_dtype = s.grad;
     item.strength = o.strength;
     item.accumulate = s.accumulate;
-    Run runs[3];
+    Run runs[4];
     size_t count = 0;
     runs[count++] = {o.param.data(), s.param};
     if (s.has_start) runs[count++] = {o.start.data(), s.start};
+    if (s.has_importance) runs[count++] = {o.importance.data(), s.importance};
     if (s.has_grad) runs[count++] = {o.grad.data(), s.grad};
     lists::choose_way(item, runs, count, s.n);
     std::memcpy(items.add(), &item, sizeof item);
@@ -101,16 +109,18 @@ void run(const std::vector<Spec>& specs, double scale, int scale_kind, int few_b
     const Spec& s = o->spec;
     const std::string text = text_of(s);
     const bool in_double = s.param == DType::kFloat64 || (s.has_start && s.start == DType::kFloat64) ||
-                           (s.has_grad && s.grad == DType::kFloat64);
+                           (s.has_grad && s.grad == DType::kFloat64) ||
+                           (s.has_importance && s.importance == DType::kFloat64);
     all_double = all_double && in_double;
     const double unit = roundoff(in_double ? DType::kFloat64 : DType::kFloat32);
     double sum = 0;
     for (int64_t i = 0; i < s.n; ++i) {
       const double d = o->param.get(i) - (s.has_start ? o->start.get(i) : 0);
-      sum += d * d;
+      const double weighed = s.has_importance ? o->importance.get(i) * d : d;
+      sum += weighed * d;
       if (!s.has_grad) continue;
-      const double added = 2 * o->strength * scale * d, before = o->before.get(i);
-      expect_rounded(o->grad, i, before + added, 4 * unit * (std::fabs(added) + std::fabs(before)), text);
+      const double added = 2 * o->strength * scale * weighed, before = o->before.get(i);
+      expect_rounded(o->grad, i, before + added, 4 * unit * (1.5 * std::fabs(added) + std::fabs(before)), text);
     }
     exact += o->strength * sum;
     expect(o->param.intact() && o->start.intact() && o->grad.intact(), text + ": memory beside it");
@@ -155,6 +165,13 @@ void all(const char*) {
   }
   run(list, 1.25, 0, 0, true);
   run(list, 1.25, 1, 0, false);
+
+  for (Spec& s : list) s.has_importance = true;
+  run(list, 1.25, 0, 0, true);
+  for (Spec& s : list) s.importance = s.start;
+  run(list, 1.25, 1, 7, false);
+  for (Spec& s : list) s.has_grad = s.has_start = false;
+  run(list, 1, 0, 0, true);
 
   for (DType t : kTypes) {
     run({alike(t, chunk - 1), alike(t, chunk), alike(t, chunk + 1, 1), alike(t, 2 * chunk + 5, 3)}, 1, 0, 0, true);

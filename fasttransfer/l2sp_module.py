@@ -1,0 +1,255 @@
+"""``L2SP``: the L2-SP penalty of a model, with its start points."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from fasttransfer.checks import FLOATS, check_choice, check_number, check_tensor, shape, values_visible
+from fasttransfer.l2sp import Selection, add_grad_of_, penalty_of, prox_of_
+from fasttransfer.names import by_name, check_patterns, collect, matches
+from fasttransfer.ops.l2sp import difference
+from fasttransfer.tensor_tree import TensorTree, split_name
+
+
+class L2SP(nn.Module):
+    """The L2-SP penalty of a model, with its start points.
+
+    ``strength * sum F (p - p0)^2`` over the parameters that have a start point (F = 1 without an importance), plus
+    ``new_strength * sum ||p||^2`` over those that have none. Start points are clones, part of the ``state_dict`` and
+    moved by ``.to()``. The model is not registered as a submodule. Frozen parameters (``requires_grad=False`` at the
+    time of the call) are skipped; tied parameters count once.
+
+    Args:
+        model: The model that is fine-tuned. Which of its parameters are penalised is settled here; they are looked up
+            by name at each call, so that ``load_state_dict(assign=True)`` or a replaced layer does not leave this
+            module with parameters that nobody trains.
+        strength: The lambda of the old parameters, at least 0; or ``{name pattern: lambda}``, the first matching glob
+            pattern winning.
+        importance: F by parameter name, such as ``fisher_importance`` gives: what is missing there is weighed by 1.
+            Cloned, part of the ``state_dict``.
+        start: None: the parameters as they are now. Or a state dict or a module, matched by name and shape: a
+            parameter that is missing there, or has another shape there (a replaced head), is a new one.
+        new: Names or glob pattern(s) of parameters that are new ones whatever ``start`` has under their names: a
+            replaced head of the old shape, or one in a snapshot. What ``replace_head`` returns will do. All of them
+            may be new.
+        new_strength: The lambda of the new parameters, at least 0.
+        include: Glob pattern(s) over parameter names; only these are penalised. Default: all.
+        exclude: Glob pattern(s) over parameter names that are not penalised at all.
+
+    Raises:
+        TypeError: An argument of the wrong type.
+        ValueError: A negative strength, a pattern that matches nothing, a ``start`` that shares no parameter.
+
+    Example:
+        >>> reg = L2SP(model, 0.01, start=pretrained.state_dict(), new_strength=0.001)
+        >>> (task_loss + reg()).backward()          # through autograd, or, faster:
+        >>> task_loss.backward(); reg.add_grad_(); optimizer.step()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        strength: float | Mapping[str, float],
+        *,
+        importance: Mapping[str, Tensor] | None = None,
+        start: Mapping[str, Tensor] | nn.Module | None = None,
+        new: str | Iterable[str] | None = None,
+        new_strength: float = 0.0,
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        by_pattern = isinstance(strength, Mapping)
+        self.strength: Any = None if by_pattern else check_number("strength", strength, 0)
+        self.new_strength = check_number("new_strength", new_strength, 0)
+        found = collect("model", model)
+        included = check_patterns("include", include, found.aliases)
+        excluded = check_patterns("exclude", exclude, found.aliases)
+        renewed = check_patterns("new", new, found.aliases)
+        params: dict[str, Tensor] = {}
+        for name, p in found.tensors.items():
+            names = found.names_of(name)
+            wanted = include is None or any(matches(n, included) for n in names)
+            if p.dtype in FLOATS and wanted and not any(matches(n, excluded) for n in names):
+                params[name] = p
+        if not params:
+            raise ValueError("model has no floating parameters left to penalise after include and exclude")
+        aliases = {name: found.names_of(name) for name in params}
+        old = {name: p for name, p in params.items() if not any(matches(n, renewed) for n in aliases[name])}
+        points = _start_points(old, aliases, start)
+        # In a tuple: registered, the model's parameters would be in this module's state_dict and moved by its .to().
+        self._model = (model,)
+        self._paths = [(name, *split_name(name)) for name in params]
+        self.start = TensorTree(points, "start points")
+        self._strengths: dict[str, float] = {}
+        if by_pattern:
+            values = by_name("strength", strength, found, points)
+            self._strengths = {
+                n: check_number(f"strength of {n!r}", v, 0) for n, v in zip(points, values, strict=True)
+            }
+        self.importance = TensorTree(_importances(points, aliases, importance), "importances")
+        self.new_names = tuple(name for name in params if name not in points)
+
+    def forward(self) -> Tensor:
+        """The penalty, a scalar that is differentiable in the model's parameters."""
+        return penalty_of(self._active())
+
+    def add_grad_(self, *, grad_scale: float | Tensor | None = None) -> Tensor:
+        """Add the penalty's gradient to the parameters' ``.grad`` and return the penalty, as ``l2sp_add_grad_``."""
+        return add_grad_of_(self._active(), grad_scale)
+
+    def prox_(self, lr: float) -> None:
+        """The proximal step at step size ``lr``, in place, as ``l2sp_prox_``."""
+        prox_of_(self._active(), check_number("lr", lr, 0))
+
+    def attach(self, optimizer: torch.optim.Optimizer, *, by: str = "auto") -> RemovableHandle:
+        """Let every ``optimizer.step()`` apply the penalty, by hooks; returns a handle whose ``remove()`` ends it.
+
+        Under a ``GradScaler`` gradients are unscaled by then, and a step that it skips applies nothing. Clipping that
+        happens before the step does not see the penalty's gradient.
+
+        Args:
+            optimizer: Whose parameters' penalty is applied; the step size is its groups' ``lr``.
+            by: ``"grad"``: ``add_grad_`` before each step. ``"prox"``: ``prox_`` after it. ``"auto"``: the gradient
+                for ``torch.optim.SGD``, which takes it as it is; the proximal step for all others, which would rescale
+                it (Adam divides it by the task gradient's size).
+
+        Raises:
+            TypeError, ValueError: Not an optimizer, another ``by``, none of the penalised parameters in it.
+        """
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        if check_choice("by", by, ("auto", "grad", "prox")) == "auto":
+            by = "grad" if isinstance(optimizer, torch.optim.SGD) else "prox"
+        own = {id(p) for p in self._params().values()}
+        if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+            raise ValueError("optimizer has none of the parameters that this L2SP penalises")
+
+        def step_sizes() -> dict[int, float]:
+            return {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
+
+        def before(*_: Any) -> None:
+            active, sizes = self._active(), step_sizes()
+            add_grad_of_(active.part([id(p) in sizes for p in active.params]), None)
+
+        def after(*_: Any) -> None:
+            active, sizes = self._active(), step_sizes()
+            active = active.part([id(p) in sizes for p in active.params])
+            prox_of_(active, [sizes[id(p)] for p in active.params])
+
+        return (
+            optimizer.register_step_pre_hook(before)
+            if by == "grad"
+            else optimizer.register_step_post_hook(after)
+        )
+
+    @torch.no_grad()
+    def distance(self) -> dict[str, Tensor]:
+        """``||p - p0||`` per parameter that has a start point, frozen ones included: scalars on their device."""
+        points, params = self.start.tensors(), self._params()
+        return {name: torch.linalg.vector_norm(difference(params[name], p0)) for name, p0 in points.items()}
+
+    def extra_repr(self) -> str:
+        """Strengths and how many parameters have a start point."""
+        counts = f"with_start={len(self._paths) - len(self.new_names)}, new={len(self.new_names)}"
+        strength = self.strength if self.strength is not None else "by name"
+        return f"strength={strength}, new_strength={self.new_strength}, {counts}"
+
+    def _params(self) -> dict[str, Tensor]:
+        """The model's parameters as they are now, by name."""
+        (model,) = self._model
+        owners: dict[str, nn.Module] = {}
+        params: dict[str, Tensor] = {}
+        for name, path, leaf in self._paths:
+            if path not in owners:
+                try:
+                    owners[path] = model.get_submodule(path)
+                except AttributeError:
+                    raise ValueError(f"model no longer has a module {path!r}: make a new L2SP") from None
+            p = owners[path]._parameters.get(leaf)
+            if p is None:
+                raise ValueError(f"model no longer has a parameter {name!r}: make a new L2SP")
+            params[name] = p
+        return params
+
+    def _active(self) -> Selection:
+        """What is penalised at this moment."""
+        points, importances = self.start.tensors(), self.importance.tensors()
+        active = Selection([], "parameter {!r}".format, [], [], [], [])
+        for name, p in self._params().items():
+            p0 = points.get(name)
+            if not p.requires_grad or (p0 is None and self.new_strength == 0):
+                continue
+            if p0 is not None and p0.shape != p.shape:
+                raise ValueError(
+                    f"the start point of {name!r} has shape {shape(p0)}, the parameter now {shape(p)}"
+                )
+            if p0 is not None and p0.device != p.device:
+                raise ValueError(
+                    f"the start point of {name!r} is on {p0.device}, the parameter on {p.device}: call .to() on this "
+                    "L2SP as well"
+                )
+            active.names.append(name)
+            active.params.append(p)
+            active.start.append(p0)
+            old = self._strengths.get(name, self.strength)
+            active.strength.append(self.new_strength if p0 is None else old)
+            if importances:
+                active.importance.append(importances.get(name))
+        return active
+
+
+def _start_points(
+    params: Mapping[str, Tensor], aliases: Mapping[str, list[str]], start: Any
+) -> dict[str, Tensor]:
+    """Clones of the start points of those parameters that have one, under any of a tied parameter's names."""
+    if start is None:
+        given: Mapping[str, Any] = params
+    elif isinstance(start, (nn.Module, Mapping)):
+        given = collect("start", start).aliases if isinstance(start, nn.Module) else start
+    else:
+        raise TypeError(f"start must be None, a state dict or a module, got {type(start).__name__}")
+    points: dict[str, Tensor] = {}
+    for name, p in params.items():
+        for alias in aliases[name]:
+            p0 = given.get(alias)
+            if isinstance(p0, Tensor) and p0.shape == p.shape:
+                check_tensor(f"start point of {alias!r}", p0)
+                points[name] = p0.detach().to(p.device, copy=True)
+                break
+    if params and not points:
+        raise ValueError(
+            "start shares no parameter with model by name and shape: "
+            f"model has {', '.join(list(params)[:3])}..., start has {', '.join(map(str, list(given)[:3]))}..."
+        )
+    return points
+
+
+def _importances(
+    points: Mapping[str, Tensor], aliases: Mapping[str, list[str]], importance: Any
+) -> dict[str, Tensor]:
+    """Clones of the importances of the parameters that have a start point, under any of a tied parameter's names."""
+    if importance is None:
+        return {}
+    if not isinstance(importance, Mapping):
+        raise TypeError(f"importance must be a dict by parameter name, got {type(importance).__name__}")
+    check_patterns("importance", tuple(importance), [n for name in points for n in aliases[name]])
+    found = {}
+    for name, p0 in points.items():
+        f = next((importance[alias] for alias in aliases[name] if alias in importance), None)
+        if f is None:
+            continue
+        check_tensor(f"importance[{name!r}]", f)
+        if f.shape != p0.shape:
+            raise ValueError(f"importance[{name!r}] has shape {shape(f)}, the parameter {shape(p0)}")
+        if values_visible(f) and bool((f < 0).any()):
+            raise ValueError(f"importance[{name!r}] must be at least 0, got {f.min().item():g}")
+        found[name] = f.detach().to(p0.device, copy=True)
+    return found
