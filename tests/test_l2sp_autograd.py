@@ -207,12 +207,26 @@ def test_only_what_is_written_is_counted(backend):
 def test_opcheck_add_grad(one_backend, accumulate, scale):
     params = [torch.randn(3), torch.randn(2, 2)]
     grads = [torch.randn(3), torch.randn(2, 2)]
-    args = params, [torch.randn(3), None], grads, [0.1, 0.2], [torch.rand(3), None], [accumulate] * 2, 1.0, scale
+    args = (
+        params,
+        [torch.randn(3), None],
+        grads,
+        [0.1, 0.2],
+        [torch.rand(3), None],
+        [accumulate] * 2,
+        1.0,
+        scale,
+    )
     opcheck(torch.ops.fasttransfer.l2sp_add_grad_.default, args)
 
 
 def test_opcheck_value_and_gradient(one_backend):
-    args = [torch.randn(3), torch.randn(2, 2)], [torch.randn(3).double(), None], [0.1, 0.2], [torch.rand(3), None]
+    args = (
+        [torch.randn(3), torch.randn(2, 2)],
+        [torch.randn(3).double(), None],
+        [0.1, 0.2],
+        [torch.rand(3), None],
+    )
     opcheck(torch.ops.fasttransfer.l2sp_value.default, args)
     opcheck(torch.ops.fasttransfer.l2sp_grad.default, (*args, torch.tensor(0.5)))
 
