@@ -112,7 +112,11 @@ def test_a_wrong_provider_gets_no_time_and_ours_is_a_failure() -> None:
     assert [line.partition(":")[0] for line in failures_of(result)] == [f"tiny, {OURS}"]
 
 
-def test_a_wrong_result_of_ours_fails_the_bench_test(pytester: pytest.Pytester) -> None:
+def test_a_wrong_result_of_ours_fails_the_bench_test(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT"):
+        monkeypatch.delenv(name, raising=False)  # else pytest-benchmark writes nothing
     pytester.makeconftest("from benchmarks.conftest import *")
     pytester.makepyfile(
         """
@@ -132,7 +136,9 @@ def test_a_wrong_result_of_ours_fails_the_bench_test(pytester: pytest.Pytester) 
         """
     )
     raw = pytester.path / "raw.json"
-    outcome = pytester.runpytest_inprocess(f"--benchmark-json={raw}", "-p", "no:cacheprovider")
+    outcome = pytester.runpytest_inprocess(
+        f"--benchmark-json={raw}", "-p", "no:cacheprovider", "-p", "no:xdist"
+    )
     outcome.assert_outcomes(passed=1, failed=1)
     result = compact(json.loads(raw.read_text()))  # everything is in pytest-benchmark's own file
     assert [case["key"] for case in result["cases"]] == ["tiny", "tiny"]
