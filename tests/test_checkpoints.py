@@ -269,7 +269,9 @@ def test_tied_tensors(tmp_path):
     def check(source):
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         blend_checkpoints(tmp_path / "a.safetensors", source, {dropped: 0.7}, tmp_path / "out")
-        assert_same(load_file(tmp_path / "out" / "a.safetensors"), {stored: expected})
+        (name, value), *more = load_file(tmp_path / "out" / "a.safetensors").items()
+        assert (name, more) == (stored, [])
+        torch.testing.assert_close(value, expected)  # blend of one tensor may be torch's lerp, to a rounding
         with safe_open(tmp_path / "out" / "a.safetensors", framework="pt") as opened:
             assert opened.metadata() == {dropped: stored}
 
