@@ -21,6 +21,8 @@ from fasttransfer.memory import overlaps_itself
 
 NumItems = int | float | Tensor | Sequence[float]
 
+# Beyond, it leaves the range of float32.
+_LARGEST_CAP = 1e30
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tvd")
 _REDUCTIONS = ("mean", "batchmean", "sum", "none")
 _IGNORED_ROWS = ("skip", "distill")
@@ -119,10 +121,10 @@ def _check_softcap(softcap: float | Sequence[float | None] | None) -> tuple[floa
         raise ValueError(
             f"softcap must be a number, None or a pair (student's, teacher's), got {len(pair)} values"
         )
-    student, teacher = (
-        0.0 if cap is None else check_number("softcap", cap, 0, open_low=True) for cap in pair
-    )
-    return student, teacher
+    caps = [0.0 if cap is None else check_number("softcap", cap, 0, open_low=True) for cap in pair]
+    if max(caps) > _LARGEST_CAP:
+        raise ValueError(f"softcap must be at most {_LARGEST_CAP:g}, got {max(caps):g}")
+    return caps[0], caps[1]
 
 
 def check_logits(student: Tensor, teacher: Tensor, vocab_size: int | None) -> int:
@@ -271,8 +273,9 @@ def check_num_items(
         count = num_items.numel()
         if num_items.device != student.device and num_items.device.type != "cpu":
             raise ValueError(f"num_items is on {num_items.device}, the student on {student.device}")
-        if values_visible(num_items) and not bool((num_items > 0).all()):
-            raise ValueError(f"num_items must be greater than 0, got {num_items.tolist()}")
+        # 0: the count of a batch in which nothing counts.
+        if values_visible(num_items) and not bool((num_items >= 0).all()):
+            raise ValueError(f"num_items must be at least 0, got {num_items.tolist()}")
     else:
         pair = num_items if isinstance(num_items, (tuple, list)) else [num_items]
         count = len(pair)

@@ -67,8 +67,8 @@ def topk_kd_loss(
         student_logits: ``[..., V]``, float32, bfloat16, float16 or float64, of any strides.
         teacher_values: ``[..., k]``, any of these dtypes, k >= 1. A constant.
         teacher_indices: ``[..., k]`` int32 or int64: the columns of the values, in any order. An entry does not exist
-            if its index is -1 (padding), if its value is -inf, or if its index stands further left in the same row: a
-            value is a property of its column, so of repeated indices the first counts, and masses are not added.
+            if its index is -1 (padding), if its value is -inf, or if its index has an entry further left in the
+            row: a value is a property of its column, so of repeated indices the first counts, and masses are not added.
         labels: ``[...]`` int64 class indices, or None. A label need not be among the indices.
         teacher_form: ``"logits"``, or ``"log_probs"``: logarithms of the full softmax over V at temperature 1 (what
             ``top_k_log_probs`` and inference servers give).

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+import fasttransfer
 from fasttransfer import kd_loss
 from tests import distill_oracle, oracle
 
@@ -414,3 +415,36 @@ def test_compile(one_backend, divergence):
 def test_wrong_options(error, words, options):
     with pytest.raises(error, match=words):
         kd_loss(torch.randn(2, 5), torch.randn(2, 5), **options)
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl"])
+def test_standardized_rows_of_infinite_loss_have_finite_gradients(backend, name):
+    student, teacher = torch.randn(2, 30), torch.randn(2, 30)
+    (student if name == "forward_kl" else teacher)[0, 4] = -math.inf
+    loss, grad, teacher_grad = run(student, teacher, divergence=name, standardize=True, reduction="none")
+    assert loss.isinf().tolist() == [True, False]
+    assert grad.isfinite().all()
+    assert teacher_grad.isfinite().all()
+
+
+def test_a_count_of_nothing_is_a_divisor(backend, divergence):
+    """What gradient accumulation gives for a batch without labels."""
+    student, teacher, labels = torch.randn(3, 9), torch.randn(3, 9), torch.full((3,), -100)
+    items = (labels != -100).sum()
+    loss, grad, _ = run(student, teacher, labels, label_weight=0.1, num_items=items, **divergence)
+    assert loss == 0
+    assert not grad.any()
+
+
+def test_temperatures_that_nobody_saw_make_their_rows_nan():
+    """Under torch.compile values are not checked: the native op is what sees them."""
+    if not fasttransfer.build_info()["cpu_kernels"]:
+        pytest.skip("no native CPU kernels")
+    rows = (None, None, torch.tensor([1.0, -1.0, 0.0]), None, [], 1.0, 0.0, 0.0, -100, False, 9, "none", True)
+    for dtype in (F32, F16, BF16, F64):
+        student, teacher = torch.randn(3, 9).to(dtype), torch.randn(3, 9).to(dtype)
+        loss, grad, _ = torch.ops.fasttransfer.kd(student, teacher, *rows, True)
+        assert loss[0].isfinite()
+        assert grad[0].isfinite().all()
+        assert loss[1:].isnan().all()
+        assert grad[1:].isnan().all()

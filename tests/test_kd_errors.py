@@ -190,7 +190,7 @@ VALUE_ERRORS = {
     "num_items negative": ("num_items must be greater than 0", {"num_items": -2}),
     "num_items NaN": ("num_items must be greater than 0", {"num_items": NAN}),
     "num_items infinite": ("num_items must be greater than 0 and finite", {"num_items": INF}),
-    "num_items tensor of 0": ("num_items must be greater than 0", {"num_items": torch.tensor(0)}),
+    "num_items tensor below 0": ("num_items must be at least 0", {"num_items": torch.tensor(-1)}),
     "num_items with sum": ("num_items .*reduction='sum'", {"num_items": 3, "reduction": "sum"}),
     "num_items with none": ("num_items .*reduction='none'", {"num_items": 3, "reduction": "none"}),
     "num_items of three": (

@@ -126,7 +126,8 @@ struct DistillStore {
           n,
           [&](int64_t i) __attribute__((always_inline)) {
             const Vec<F> g = kd_vector(f, w, begin + i);
-            sum += g * (g == F(0) ? Vec<F>{} : Memory<F, F>::load(scratch.x[side] + begin + i));
+            const Vec<F> x = Memory<F, F>::load(scratch.x[side] + begin + i);
+            sum += x == neg_inf<F>() ? Vec<F>{} : g * x;  // g is not 0 there where the loss is infinite
           },
           [&]() __attribute__((always_inline)) {
             total.add(sum);
@@ -136,7 +137,7 @@ struct DistillStore {
     double sum = total.total();
     if (of.has_label) {  // whose column holds no part, or one without mass
       const double x = scratch.x[side][row.label];
-      sum += of.of_label != 0 ? of.of_label * x : 0;
+      sum += x != neg_inf<double>() ? of.of_label * x : 0;
     }
     return sum;
   }

@@ -3,6 +3,8 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <cstring>
+#include <limits>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -26,6 +28,19 @@ constexpr int64_t kGrainLogits = 16384;
 // reads it, so it is stored around it. (bf16, 256x32000, 15.6 MiB: 57 cycles per 16 logits, around the cache 49: AMD
 // EPYC, Zen 4.)
 constexpr int64_t kStreamBytes = int64_t{8} << 20;
+
+// Python refuses a temperature that is not positive where it sees it; under torch.compile it does not.
+void nan_row(char* grad, const KdCall& call) {
+  const double nan64 = std::numeric_limits<double>::quiet_NaN();
+  const float nan32 = std::numeric_limits<float>::quiet_NaN();
+  const uint16_t nan16 = call.grad == DType::kFloat16 ? 0x7e00 : 0x7fc0;
+  const void* nan = &nan16;
+  if (call.grad == DType::kFloat64) nan = &nan64;
+  if (call.grad == DType::kFloat32) nan = &nan32;
+  const int64_t bytes = bytes_of(call.grad);
+  rows::zero_row(grad, call.grad_columns, call.grad_stride, bytes);
+  for (int64_t v = 0; v < call.columns; ++v) std::memcpy(grad + v * call.grad_stride * bytes, nan, size_t(bytes));
+}
 
 // Writes the loss into a new tensor and the gradient into *grad if given: its rows are those of the logits.
 std::tuple<Tensor, Tensor> run(const Tensor& student, const Tensor& teacher, const OptTensor& labels,
@@ -89,6 +104,12 @@ std::tuple<Tensor, Tensor> run(const Tensor& student, const Tensor& teacher, con
       char* const grad_row = grad ? g + grad_rows->offset(i) : nullptr;
       const bool counted = in.counted(i, options);
       const double temperature = in.temperature[i], weight = counted ? in.weight[i] : 0;
+      if (counted && !(temperature > 0)) {
+        losses[i] = std::numeric_limits<double>::quiet_NaN();
+        if (grad) nan_row(grad_row, call);
+        if (grad_scales) grad_scales[i] = 1;
+        continue;
+      }
       KdRow row{};
       row.student = s + student_rows.offset(i);
       row.grad = grad_row;
