@@ -437,14 +437,25 @@ def test_a_count_of_nothing_is_a_divisor(backend, divergence):
 
 
 def test_temperatures_that_nobody_saw_make_their_rows_nan():
-    """Under torch.compile values are not checked: the native op is what sees them."""
+    """Under torch.compile values are not checked: the native ops are what sees them."""
     if not fasttransfer.build_info()["cpu_kernels"]:
         pytest.skip("no native CPU kernels")
-    rows = (None, None, torch.tensor([1.0, -1.0, 0.0]), None, [], 1.0, 0.0, 0.0, -100, False, 9, "none", True)
+    ops = torch.ops.fasttransfer
+    t, labels = torch.tensor([1.0, -1.0, 0.0, math.nan]), torch.tensor([0, 1, 2, 3])
     for dtype in (F32, F16, BF16, F64):
-        student, teacher = torch.randn(3, 9).to(dtype), torch.randn(3, 9).to(dtype)
-        loss, grad, _ = torch.ops.fasttransfer.kd(student, teacher, *rows, True)
-        assert loss[0].isfinite()
-        assert grad[0].isfinite().all()
-        assert loss[1:].isnan().all()
-        assert grad[1:].isnan().all()
+        student, teacher = torch.randn(4, 90).to(dtype), torch.randn(4, 90).to(dtype)
+        for given, share in ((None, 0.0), (labels, 0.3)):
+            rows = (given, None, t, None, [], 1.0, share, 0.0, -100, False, 90, "none", True)
+            results = [ops.kd(student, teacher, *rows, True)]
+            for name, args in (("forward_kl", []), ("reverse_kl", []), ("jsd", [0.3]), ("tvd", [])):
+                for around in ((False, [5.0, 5.0]), (True, [0.0, 0.0])):
+                    results.append(
+                        ops.distill(student, teacher, *rows, name, args, *around, False, True, True)
+                    )
+            values, indices = teacher.float().log_softmax(-1).topk(4)
+            results.append(ops.topk_kd(student, values, indices, *rows, "renormalize", True))
+            for loss, grad, *_ in results:
+                assert loss[0].isfinite()
+                assert grad[0].isfinite().all()
+                assert loss[1:].isnan().all()
+                assert grad[1:].isnan().all()

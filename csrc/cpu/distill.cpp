@@ -18,9 +18,6 @@ using rows::Options;
 using rows::OptTensor;
 using rows::RowInputs;
 
-// As in kd.cpp.
-constexpr int64_t kGrainLogits = 16384;
-constexpr int64_t kStreamBytes = int64_t{8} << 20;
 constexpr int64_t kStats = 5;
 
 // What the operation has beside kd's options.
@@ -64,7 +61,7 @@ struct Side {
     grad = static_cast<char*>(grad_tensor->mutable_data_ptr());
     call.grad_stride = grad_rows->column_stride();
     call.grad_columns = logits.width();
-    call.stream = bytes_of(call.dtype) >= 4 && rows * call.grad_columns * bytes_of(call.dtype) >= kStreamBytes;
+    call.stream = bytes_of(call.dtype) >= 4 && rows * call.grad_columns * bytes_of(call.dtype) >= rows::kStreamBytes;
   }
 
   void zero(int64_t row, const DistillSide& call) const {
@@ -130,13 +127,13 @@ Result run(const Tensor& student, const Tensor& teacher, const OptTensor& labels
   double* const stats_double = is_double ? stats.mutable_data_ptr<double>() : nullptr;
   float* const stats_float = is_double ? nullptr : stats.mutable_data_ptr<float>();
 
-  const int64_t grain = std::max<int64_t>(1, kGrainLogits / std::max<int64_t>(1, columns));
+  const int64_t grain = std::max<int64_t>(1, rows::kGrainLogits / std::max<int64_t>(1, columns));
   torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
     thread_local ThreadScratch scratch;
     void* const memory = scratch.at_least(scratch_bytes);
     for (int64_t i = begin; i < end; ++i) {
       const bool counted = in.counted(i, options);
-      const double temperature = in.temperature[i], weight = counted ? in.weight[i] : 0;
+      const double temperature = in.temperature_of(i), weight = counted ? in.weight[i] : 0;
       DistillRow row{};
       row.inv_t = 1 / temperature;
       row.labelled = counted && in.has_label(i, options);
@@ -172,14 +169,7 @@ Result run(const Tensor& student, const Tensor& teacher, const OptTensor& labels
     }
   });
 
-  if (per_row) {
-    for (int64_t i = 0; i < rows; ++i) rows::store_scalar(loss, i, losses[i]);
-  } else {
-    // In the order of the rows: the same sum whatever the number of threads.
-    double sum = 0;
-    for (const double x : losses) sum += x;
-    rows::store_scalar(loss, 0, sum);
-  }
+  rows::store_losses(loss, losses, per_row);
   return {loss, sides[0].scale, teacher_grad, sides[1].scale, stats};
 }
 

@@ -3,8 +3,6 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <cstring>
-#include <limits>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -21,26 +19,6 @@ using rows::Options;
 using rows::OptTensor;
 using rows::RowInputs;
 using rows::RowValues;
-
-// Rows are given to threads in pieces of at least this many logits: below, waking a thread costs more.
-constexpr int64_t kGrainLogits = 16384;
-// A gradient larger than this, with the logits twice as large beside it, leaves the last-level cache before backward
-// reads it, so it is stored around it. (bf16, 256x32000, 15.6 MiB: 57 cycles per 16 logits, around the cache 49: AMD
-// EPYC, Zen 4.)
-constexpr int64_t kStreamBytes = int64_t{8} << 20;
-
-// Python refuses a temperature that is not positive where it sees it; under torch.compile it does not.
-void nan_row(char* grad, const KdCall& call) {
-  const double nan64 = std::numeric_limits<double>::quiet_NaN();
-  const float nan32 = std::numeric_limits<float>::quiet_NaN();
-  const uint16_t nan16 = call.grad == DType::kFloat16 ? 0x7e00 : 0x7fc0;
-  const void* nan = &nan16;
-  if (call.grad == DType::kFloat64) nan = &nan64;
-  if (call.grad == DType::kFloat32) nan = &nan32;
-  const int64_t bytes = bytes_of(call.grad);
-  rows::zero_row(grad, call.grad_columns, call.grad_stride, bytes);
-  for (int64_t v = 0; v < call.columns; ++v) std::memcpy(grad + v * call.grad_stride * bytes, nan, size_t(bytes));
-}
 
 // Writes the loss into a new tensor and the gradient into *grad if given: its rows are those of the logits.
 std::tuple<Tensor, Tensor> run(const Tensor& student, const Tensor& teacher, const OptTensor& labels,
@@ -84,7 +62,7 @@ std::tuple<Tensor, Tensor> run(const Tensor& student, const Tensor& teacher, con
   if (grad) {
     grad_rows.emplace(*grad);
     call.grad_stride = grad_rows->column_stride();
-    call.stream = bytes_of(call.grad) >= 4 && rows * call.grad_columns * bytes_of(call.grad) >= kStreamBytes;
+    call.stream = bytes_of(call.grad) >= 4 && rows * call.grad_columns * bytes_of(call.grad) >= rows::kStreamBytes;
   }
 
   const char* const s = static_cast<const char*>(student.const_data_ptr());
@@ -96,20 +74,14 @@ std::tuple<Tensor, Tensor> run(const Tensor& student, const Tensor& teacher, con
   const int64_t scratch_bytes = kernel.kd_scratch_bytes(columns, is_double);
   std::vector<double> losses(rows);
 
-  const int64_t grain = std::max<int64_t>(1, kGrainLogits / std::max<int64_t>(1, columns));
+  const int64_t grain = std::max<int64_t>(1, rows::kGrainLogits / std::max<int64_t>(1, columns));
   torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
     thread_local ThreadScratch scratch;
     void* const memory = scratch.at_least(scratch_bytes);
     for (int64_t i = begin; i < end; ++i) {
       char* const grad_row = grad ? g + grad_rows->offset(i) : nullptr;
       const bool counted = in.counted(i, options);
-      const double temperature = in.temperature[i], weight = counted ? in.weight[i] : 0;
-      if (counted && !(temperature > 0)) {
-        losses[i] = std::numeric_limits<double>::quiet_NaN();
-        if (grad) nan_row(grad_row, call);
-        if (grad_scales) grad_scales[i] = 1;
-        continue;
-      }
+      const double temperature = in.temperature_of(i), weight = counted ? in.weight[i] : 0;
       KdRow row{};
       row.student = s + student_rows.offset(i);
       row.grad = grad_row;
@@ -132,14 +104,7 @@ std::tuple<Tensor, Tensor> run(const Tensor& student, const Tensor& teacher, con
     }
   });
 
-  if (per_row) {
-    for (int64_t i = 0; i < rows; ++i) rows::store_scalar(loss, i, losses[i]);
-  } else {
-    // In the order of the rows: the same sum whatever the number of threads.
-    double sum = 0;
-    for (const double x : losses) sum += x;
-    rows::store_scalar(loss, 0, sum);
-  }
+  rows::store_losses(loss, losses, per_row);
   return {loss, grad_scale};
 }
 
@@ -187,7 +152,7 @@ void scale_rows(const Tensor& grad, const Tensor& upstream, const Tensor& grad_s
   const char* const p = static_cast<const char*>(grad.const_data_ptr());
   char* const q = static_cast<char*>(out.mutable_data_ptr());
   const Kernels& kernel = kernels();
-  const int64_t grain = std::max<int64_t>(1, kGrainLogits / std::max<int64_t>(1, call.columns));
+  const int64_t grain = std::max<int64_t>(1, rows::kGrainLogits / std::max<int64_t>(1, call.columns));
   // The usual case, loss.backward(): nothing to do, and no thread woken to find that out.
   if (in_place && !per_row && grad_scale.numel() == 0 && (rows == 0 || up[0] == 1)) return;
   torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {

@@ -18,10 +18,6 @@ using rows::Options;
 using rows::OptTensor;
 using rows::RowInputs;
 
-// As in kd.cpp.
-constexpr int64_t kGrainLogits = 16384;
-constexpr int64_t kStreamBytes = int64_t{8} << 20;
-
 TopkTail tail_of(const std::string& name) {
   if (name == "renormalize") return TopkTail::kRenormalize;
   if (name == "zero") return TopkTail::kZero;
@@ -79,7 +75,7 @@ std::tuple<Tensor, Tensor> run(const Tensor& student, const Tensor& values, cons
   if (grad) {
     grad_rows.emplace(*grad);
     call.grad_stride = grad_rows->column_stride();
-    call.stream = bytes_of(call.grad) >= 4 && rows * call.grad_columns * bytes_of(call.grad) >= kStreamBytes;
+    call.stream = bytes_of(call.grad) >= 4 && rows * call.grad_columns * bytes_of(call.grad) >= rows::kStreamBytes;
   }
 
   const char* const s = static_cast<const char*>(student.const_data_ptr());
@@ -93,14 +89,14 @@ std::tuple<Tensor, Tensor> run(const Tensor& student, const Tensor& values, cons
   const int64_t scratch_bytes = kernel.topk_scratch_bytes(columns, entries, is_double);
   std::vector<double> losses(rows);
 
-  const int64_t grain = std::max<int64_t>(1, kGrainLogits / std::max<int64_t>(1, columns));
+  const int64_t grain = std::max<int64_t>(1, rows::kGrainLogits / std::max<int64_t>(1, columns));
   torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
     thread_local ThreadScratch scratch;
     void* const memory = scratch.at_least(scratch_bytes);
     for (int64_t i = begin; i < end; ++i) {
       char* const grad_row = grad ? g + grad_rows->offset(i) : nullptr;
       const bool counted = in.counted(i, options);
-      const double temperature = in.temperature[i], weight = counted ? in.weight[i] : 0;
+      const double temperature = in.temperature_of(i), weight = counted ? in.weight[i] : 0;
       TopkRow row{};
       row.student = s + student_rows.offset(i);
       row.grad = grad_row;
@@ -124,14 +120,7 @@ std::tuple<Tensor, Tensor> run(const Tensor& student, const Tensor& values, cons
     }
   });
 
-  if (per_row) {
-    for (int64_t i = 0; i < rows; ++i) rows::store_scalar(loss, i, losses[i]);
-  } else {
-    // In the order of the rows: the same sum whatever the number of threads.
-    double sum = 0;
-    for (const double x : losses) sum += x;
-    rows::store_scalar(loss, 0, sum);
-  }
+  rows::store_losses(loss, losses, per_row);
   return {loss, grad_scale};
 }
 

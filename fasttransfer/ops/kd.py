@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fasttransfer.ops.divergences import centred, exp_sum
 from fasttransfer.ops.library import accumulator, compute_dtype, define
 
 ROW_OPTIONS = (
@@ -37,17 +38,6 @@ def half_scale(bound: Tensor) -> Tensor:
     return torch.ldexp(torch.ones_like(bound, dtype=torch.float32), k)
 
 
-def _exp_sum(x: Tensor, acc: torch.dtype) -> tuple[Tensor, Tensor]:
-    e = x.exp()
-    return e, e.sum(-1, dtype=acc)
-
-
-def _centred(x: Tensor) -> Tensor:
-    """``x - max x`` per row, with 0 as the reference of a row that is -inf throughout (so that exp gives 0)."""
-    top = x.amax(-1, keepdim=True)
-    return x - top.masked_fill(top == -torch.inf, 0.0)
-
-
 def _kd_rows(
     s: Tensor,  # [rows, V] compute dtype
     t: Tensor | None,  # [rows, V]
@@ -61,15 +51,15 @@ def _kd_rows(
     """Loss per row (acc dtype) and gradient (compute dtype) of rows that are all counted."""
     acc = temperature.dtype
     inv_t = (1 / temperature).to(s.dtype)[:, None]
-    ds = _centred(s)
+    ds = centred(s)
     loss = torch.zeros_like(temperature)
     grad = torch.zeros_like(s) if want_grad else None
     broken = torch.isnan(ds.sum(-1)) | (ds.amax(-1) == -torch.inf)
     if t is not None:
-        dt = _centred(t)
+        dt = centred(t)
         broken |= torch.isnan(dt.sum(-1)) | (dt.amax(-1) == -torch.inf)
-        es, sum_s = _exp_sum(ds * inv_t, acc)
-        et, sum_t = _exp_sum(dt * inv_t, acc)
+        es, sum_s = exp_sum(ds * inv_t, acc)
+        et, sum_t = exp_sum(dt * inv_t, acc)
         cross = torch.where(et == 0, 0.0, et * (dt - ds)).sum(-1, dtype=acc)
         kd = cross / (sum_t * temperature) + torch.log(sum_s / sum_t)
         loss += torch.where(kd_weight != 0, kd_weight * kd, 0.0)
@@ -78,27 +68,39 @@ def _kd_rows(
             grad += es * (weight / sum_s).to(s.dtype)[:, None]
             grad -= et * (weight / sum_t).to(s.dtype)[:, None]
     if ce_weight is not None and labels is not None:
-        columns = s.shape[-1]
-        labelled = ce_weight != 0
-        out_of_range = labelled & ((labels < 0) | (labels >= columns))
-        broken |= out_of_range
-        index = torch.where(labelled & ~out_of_range, labels, 0)[:, None]
-        e1, sum_1 = _exp_sum(ds, acc)
-        ce = torch.zeros_like(sum_1)
-        if smoothing != 1:  # 0 * inf = 0
-            ce = (1 - smoothing) * (torch.log(sum_1) - ds.gather(-1, index)[:, 0].to(acc))
-        if smoothing:
-            ce = ce + smoothing * (torch.log(sum_1) - ds.sum(-1, dtype=acc) / columns)
-        loss += torch.where(labelled, ce_weight * ce, 0.0)
-        if grad is not None:
-            grad += e1 * (ce_weight / sum_1).to(s.dtype)[:, None]
-            if smoothing:
-                grad -= (ce_weight * smoothing / columns).to(s.dtype)[:, None]
-            grad.scatter_add_(-1, index, (ce_weight * (smoothing - 1)).to(s.dtype)[:, None])
+        broken |= add_label_term(ds, labels, ce_weight, smoothing, loss, grad)
     loss = torch.where(broken, torch.nan, loss)
     if grad is not None:
         grad = torch.where(broken[:, None], torch.nan, grad)
     return loss, grad
+
+
+def add_label_term(
+    ds: Tensor,  # [rows, V] logits minus their maximum
+    labels: Tensor,  # [rows], valid where ce_weight != 0
+    ce_weight: Tensor,  # [rows] acc, d loss / d cross entropy
+    smoothing: float,
+    loss: Tensor,  # [rows] acc, added to
+    grad: Tensor | None,  # [rows, V], added to
+) -> Tensor:
+    """The smoothed cross entropy at temperature 1 and its gradient. Returns the rows whose label is out of range."""
+    columns, acc = ds.shape[-1], loss.dtype
+    labelled = ce_weight != 0
+    out_of_range = labelled & ((labels < 0) | (labels >= columns))
+    index = torch.where(labelled & ~out_of_range, labels, 0)[:, None]
+    e1, sum_1 = exp_sum(ds, acc)
+    ce = torch.zeros_like(sum_1)
+    if smoothing != 1:  # 0 * inf = 0
+        ce = (1 - smoothing) * (torch.log(sum_1) - ds.gather(-1, index)[:, 0].to(acc))
+    if smoothing:
+        ce = ce + smoothing * (torch.log(sum_1) - ds.sum(-1, dtype=acc) / columns)
+    loss += torch.where(labelled, ce_weight * ce, 0.0)
+    if grad is not None:
+        grad += e1 * (ce_weight / sum_1).to(ds.dtype)[:, None]
+        if smoothing:
+            grad -= (ce_weight * smoothing / columns).to(ds.dtype)[:, None]
+        grad.scatter_add_(-1, index, (ce_weight * (smoothing - 1)).to(ds.dtype)[:, None])
+    return out_of_range
 
 
 def row_weights(

@@ -8,7 +8,7 @@ Per row, with ``p = softmax(s/T)`` over all V columns, K the columns that the te
 ``tail="renormalize"``: ``q = softmax(values/T)`` over K, ``q_rest = 0``. ``"zero"``: ``q = exp(values)``,
 ``q_rest = 0``. ``"bucket"``: ``q = exp(values)``, ``q_rest = max(0, 1 - sum_K q)``, 0 where K is every column.
 
-An entry exists unless its index is -1, its value is -inf, or its index stands further left in the row as well.
+An entry exists unless its index is -1, its value is -inf, or its index has an entry further left in the row.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fasttransfer.ops.divergences import centred, exp_sum
 from fasttransfer.ops.kd import (
     ROW_OPTIONS,
-    _centred,
-    _exp_sum,
     _fake_loss,
     _fake_scale,
+    add_label_term,
     apply_upstream,
     chunks,
     half_scale,
@@ -70,7 +70,7 @@ def _topk_rows(
     acc, columns = temperature.dtype, s.shape[-1]
     loss = torch.zeros_like(temperature)
     grad = torch.zeros_like(s) if want_grad else None
-    ds = _centred(s)
+    ds = centred(s)
     broken = torch.isnan(ds.sum(-1)) | (ds.amax(-1) == -torch.inf)
     if values is not None:
         column, t, broken_teacher = _entries(values, indices, columns)
@@ -82,7 +82,7 @@ def _topk_rows(
         inside = s.new_zeros(s.shape[0], columns + 1, dtype=torch.bool).scatter(-1, column, True)[:, :columns]
         rest = torch.where(inside, -torch.inf, s)
         top_rest, ref_rest = _top(rest)
-        e_rest, sum_rest = _exp_sum((rest - ref_rest) * inv_t.to(s.dtype), acc)
+        e_rest, sum_rest = exp_sum((rest - ref_rest) * inv_t.to(s.dtype), acc)
         s_k = torch.where(exists, s.gather(-1, torch.where(exists, column, 0)).to(acc), -torch.inf)
         top = torch.maximum(s_k.amax(-1, keepdim=True), top_rest.to(acc))
         ref = top.masked_fill(top == -torch.inf, 0.0)
@@ -115,22 +115,7 @@ def _topk_rows(
             g_k = weight[:, None] * (mass[:, None] * e_k / total[:, None] - q)
             grad += wide.scatter(-1, column, g_k.to(s.dtype))[:, :columns]
     if ce_weight is not None and labels is not None:
-        labelled = ce_weight != 0
-        out_of_range = labelled & ((labels < 0) | (labels >= columns))
-        broken |= out_of_range
-        index = torch.where(labelled & ~out_of_range, labels, 0)[:, None]
-        e1, sum_1 = _exp_sum(ds, acc)
-        ce = torch.zeros_like(sum_1)
-        if smoothing != 1:  # 0 * inf = 0
-            ce = (1 - smoothing) * (torch.log(sum_1) - ds.gather(-1, index)[:, 0].to(acc))
-        if smoothing:
-            ce = ce + smoothing * (torch.log(sum_1) - ds.sum(-1, dtype=acc) / columns)
-        loss += torch.where(labelled, ce_weight * ce, 0.0)
-        if grad is not None:
-            grad += e1 * (ce_weight / sum_1).to(s.dtype)[:, None]
-            if smoothing:
-                grad -= (ce_weight * smoothing / columns).to(s.dtype)[:, None]
-            grad.scatter_add_(-1, index, (ce_weight * (smoothing - 1)).to(s.dtype)[:, None])
+        broken |= add_label_term(ds, labels, ce_weight, smoothing, loss, grad)
     loss = torch.where(broken, torch.nan, loss)
     if grad is not None:
         grad = torch.where(broken[:, None], torch.nan, grad)
