@@ -68,6 +68,15 @@ def check_count(name: str, value: Any, low: int = 1) -> int:
     return value
 
 
+def check_index(name: str, value: Any) -> int:
+    """Return ``value``, which may be negative; raise unless it is an int64."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} must be an int64, got {value}")
+    return value
+
+
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
     """Return ``value``; raise ValueError unless it is one of ``choices``."""
     if value not in choices:

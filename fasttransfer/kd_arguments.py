@@ -12,6 +12,7 @@ from fasttransfer.checks import (
     check_choice,
     check_flag,
     check_group,
+    check_index,
     check_number,
     check_tensor,
     shape,
@@ -77,10 +78,7 @@ def check_options(
     """The options of ``kd_loss``, or what is wrong with them."""
     if label_weight is not None:
         label_weight = check_number("label_weight", label_weight, 0, 1)
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
-    if not -(2**63) <= ignore_index < 2**63:
-        raise ValueError(f"ignore_index must be an int64, got {ignore_index}")
+    check_index("ignore_index", ignore_index)
     if vocab_size is not None and (
         isinstance(vocab_size, bool) or not isinstance(vocab_size, (int, torch.SymInt))
     ):

@@ -22,6 +22,7 @@ from fasttransfer.progress import Bar, progress_bar
 
 _VERSION = 1
 _META = "teacher_cache.json"
+_FIELDS = frozenset({"version", "k", "vocab_size", "dtype", "fingerprint", "shards"})
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 # Logits per chunk of top_k_log_probs: in fp32 its temporaries are a few times this.
 _CHUNK_LOGITS = 1 << 22
@@ -378,7 +379,10 @@ class TeacherCache:
     def _map(self, shard: int) -> tuple[Tensor, Tensor]:
         if shard not in self._mapped:
             path = self.folder / _shard(shard)
-            tensors = self._library.load_file(path)
+            try:
+                tensors = self._library.load_file(path)
+            except Exception as error:  # SafetensorError is not a ValueError, a missing file neither
+                raise ValueError(f"{path}, which {_META} names, cannot be read: {error}") from error
             expected = (self._rows[shard], self.k)
             for name, dtype in (("values", self.dtype), ("indices", _index_dtype(self.vocab_size))):
                 found = tensors.get(name)
@@ -394,11 +398,18 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     path = folder / _META
     if not path.exists():
         raise FileNotFoundError(f"{folder} is no teacher cache: there is no {_META}")
-    meta = json.loads(path.read_text())
-    if meta.get("version") != _VERSION:
+    try:
+        meta = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(meta, dict) or meta.get("version") != _VERSION:
         raise ValueError(
-            f"{path} is of version {meta.get('version')!r}, this fasttransfer reads version {_VERSION}"
+            f"{path} is of version {meta.get('version') if isinstance(meta, dict) else None!r}, this fasttransfer "
+            f"reads version {_VERSION}"
         )
+    missing = sorted(_FIELDS - meta.keys())
+    if missing:
+        raise ValueError(f"{path} is damaged: it lacks {', '.join(missing)}")
     return meta
 
 

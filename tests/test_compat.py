@@ -387,3 +387,113 @@ def test_the_kernels_run(monkeypatch, one_backend):
         torchtune_loss(name, False)(s, t, labels)
     with pytest.raises(AssertionError, match="a softmax was taken"):
         functional.kl_div_with_logits(s, t, "none")
+
+
+def _logits(*size):
+    return torch.zeros(*(size or (2, 5)))
+
+
+WRONG = {
+    "kl_div: one dimension too few": (
+        ValueError,
+        "classes in dimension 2",
+        lambda: functional.kl_div_with_logits(_logits(), _logits(), dim=2),
+    ),
+    "kl_div: no tensor": (
+        TypeError,
+        "student_logits must be a tensor",
+        lambda: functional.kl_div_with_logits([1.0], _logits()),
+    ),
+    "kl_div: dim": (
+        TypeError,
+        "dim must be an integer",
+        lambda: functional.kl_div_with_logits(_logits(), _logits(), dim="a"),
+    ),
+    "kl_div: widths": (
+        ValueError,
+        r"\[2, 5\], got \[2, 6\]",
+        lambda: functional.kl_div_with_logits(_logits(), _logits(2, 6)),
+    ),
+    "trl: labels": (
+        ValueError,
+        "a label for each row",
+        lambda: trl.generalized_jsd_loss(_logits(), _logits(), torch.zeros(3)),
+    ),
+    "trl: no labels": (
+        TypeError,
+        "labels must be a tensor",
+        lambda: trl.generalized_jsd_loss(_logits(), _logits(), [1, 2]),
+    ),
+    "trl: probs": (
+        TypeError,
+        "logits_are_probs must be True or False",
+        lambda: trl.generalized_jsd_loss(_logits(), _logits(), logits_are_probs="no"),
+    ),
+    "trl: items": (
+        ValueError,
+        "num_items_in_batch must be greater than 0",
+        lambda: trl.generalized_jsd_loss(_logits(), _logits(), num_items_in_batch=0),
+    ),
+    "trl: item": (
+        ValueError,
+        "num_items_in_batch must be greater than 0",
+        lambda: trl.generalized_jsd_loss(_logits(), _logits(), num_items_in_batch=torch.tensor(0)),
+    ),
+    "mdistiller: one dimension": (
+        ValueError,
+        "classes in dimension 1",
+        lambda: mdistiller.kd_loss(_logits(5), _logits(5), 4.0),
+    ),
+    "mdistiller: target": (
+        TypeError,
+        "target must be",
+        lambda: mdistiller.dkd_loss(_logits(), _logits(), [0, 1], 1.0, 8.0, 4.0),
+    ),
+    "torchdistill: smoothing": (
+        ValueError,
+        "label_smoothing must be between 0 and 1",
+        lambda: torchdistill.LogitsKDLoss(1.0, label_smoothing=3),
+    ),
+    "torchdistill: targets": (
+        TypeError,
+        "targets must be",
+        lambda: torchdistill.LogitsKDLoss(1.0, 0.5)(_logits(), _logits(), [0, 1]),
+    ),
+    "torchdistill: path": (
+        ValueError,
+        "student_module_path 'a' is not in",
+        lambda: torchdistill.KDLoss("a", "output", "b", "output", 1.0)({}, {}),
+    ),
+    "torchdistill: io": (
+        ValueError,
+        "student_module_io 'input' was not recorded",
+        lambda: torchdistill.KDLoss("a", "input", "b", "output", 1.0)({"a": {"output": _logits()}}, {}),
+    ),
+    "torchtune: index": (TypeError, "ignore_index must be an int", lambda: torchtune.ForwardKLLoss("x")),
+    "torchtune: chunks": (
+        TypeError,
+        "student_logits must be a list of chunks",
+        lambda: torchtune.ForwardKLWithChunkedOutputLoss()(
+            _logits(2, 3, 5), [_logits(2, 3, 5)], torch.zeros(2, 3).long()
+        ),
+    ),
+    "torchtune: none": (
+        TypeError,
+        "student_logits must be a list of chunks",
+        lambda: torchtune.ForwardKLWithChunkedOutputLoss()([], [], torch.zeros(2, 0).long()),
+    ),
+    "torchtune: labels": (
+        ValueError,
+        r"labels must be \[batch, length\]",
+        lambda: torchtune.ForwardKLWithChunkedOutputLoss()(
+            [_logits(2, 3, 5)], [_logits(2, 3, 5)], torch.zeros(6).long()
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_is_named(case):
+    error, message, call = WRONG[case]
+    with pytest.raises(error, match=message):
+        call()

@@ -337,6 +337,11 @@ def test_constant_rows_have_no_deviation(backend):
     assert grad.isfinite().all()
 
 
+@pytest.mark.parametrize("offset", [1e3, -1e4])
+def test_an_offset_of_the_logits_costs_standardize_no_digits(backend, divergence, offset):
+    check(torch.randn(3, 700) + offset, torch.randn(3, 700) + offset, standardize=True, **divergence)
+
+
 def test_empty(backend, divergence):
     loss, grad, teacher_grad = run(torch.zeros(0, 5), torch.zeros(0, 5), **divergence, softcap=2.0)
     assert loss == 0

@@ -136,6 +136,26 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
         cache[4]
 
 
+def test_damaged_files_are_refused(tmp_path):
+    cache = written(tmp_path, torch.randn(6, 30), shard_rows=3)
+    meta, shard = tmp_path / "teacher_cache.json", tmp_path / "shard-000001.safetensors"
+    whole = meta.read_text()
+    shard.write_bytes(shard.read_bytes()[:20])
+    with pytest.raises(
+        ValueError, match=r"shard-000001.safetensors, which teacher_cache.json names, cannot be read"
+    ):
+        cache[4]
+    shard.unlink()
+    with pytest.raises(ValueError, match="cannot be read"):
+        cache[4]
+    meta.write_text(whole[:30])
+    with pytest.raises(ValueError, match=r"teacher_cache.json is damaged: "):
+        TeacherCache(tmp_path)
+    meta.write_text(json.dumps({k: v for k, v in json.loads(whole).items() if k not in ("k", "shards")}))
+    with pytest.raises(ValueError, match="it lacks k, shards"):
+        TeacherCache(tmp_path)
+
+
 def test_wrong_arguments(tmp_path):
     with pytest.raises(ValueError, match="at most vocab_size=30, got 31"):
         TeacherCacheWriter(tmp_path, k=31, vocab_size=30)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fasttransfer.checks import check_choice, check_number
-from fasttransfer.compat.elements import kl_elements, log_softmax
+from fasttransfer.checks import check_choice, check_number, check_tensor
+from fasttransfer.compat.elements import check_same_classes, kl_elements, log_softmax
 from fasttransfer.kd import kd_loss
 from fasttransfer.kd_arguments import TEMPERATURES, check_logits
 
@@ -43,6 +43,11 @@ def kl_div_with_logits(
     """
     check_choice("reduction", reduction, _REDUCTIONS)
     temperature = check_number("temperature", temperature, *TEMPERATURES)
+    check_tensor("student_logits", student_logits)
+    check_tensor("teacher_logits", teacher_logits)
+    if isinstance(dim, bool) or not isinstance(dim, int):
+        raise TypeError(f"dim must be an integer, got {dim!r}")
+    check_same_classes("student_logits", student_logits, "teacher_logits", teacher_logits, dim)
     student, teacher = student_logits.movedim(dim, -1), teacher_logits.movedim(dim, -1)
     if reduction == "none":
         check_logits(student, teacher, None)

@@ -7,9 +7,11 @@ the losses (``CE_WEIGHT``, ``KD_WEIGHT``, the warm-up of DKD) are multiplied on 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fasttransfer.checks import check_flag, check_tensor, shape
+from fasttransfer.compat.elements import check_same_classes
 from fasttransfer.decoupled_kd import decoupled_kd_loss
 from fasttransfer.kd import kd_loss as _kd_loss
 
@@ -30,6 +32,7 @@ def kd_loss(
     """
     check_tensor("logits_student", logits_student)
     check_tensor("logits_teacher", logits_teacher)
+    check_same_classes("logits_student", logits_student, "logits_teacher", logits_teacher)
     if check_flag("logit_stand", logit_stand) and logits_student.dim() != 2:
         raise ValueError(f"logit_stand takes logits [batch, classes], got {shape(logits_student)}")
     loss: Tensor = _kd_loss(
@@ -68,6 +71,7 @@ def dkd_loss(
     check_tensor("logits_student", logits_student)
     if logits_student.dim() != 2:
         raise ValueError(f"logits_student must be [batch, classes], got {shape(logits_student)}")
+    check_tensor("target", target, (torch.int64,), "int64")
     loss: Tensor = decoupled_kd_loss(
         logits_student, logits_teacher, target.reshape(-1), temperature=temperature, target_weight=alpha,
         nontarget_weight=beta, standardize=logit_stand,

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fasttransfer.checks import check_choice, check_number, check_tensor
+from fasttransfer.checks import check_choice, check_index, check_number, check_tensor
+from fasttransfer.compat.elements import check_same_classes
 from fasttransfer.compat.functional import kl_div_with_logits
 from fasttransfer.kd import kd_loss
 from fasttransfer.kd_arguments import TEMPERATURES
@@ -62,7 +63,8 @@ class LogitsKDLoss(nn.Module):
         if beta is None:
             beta = 1.0 if self.alpha is None else 1 - self.alpha
         self.beta = check_number("beta", beta, 0)
-        self.ignore_index, self.label_smoothing = ignore_index, label_smoothing
+        self.ignore_index = check_index("ignore_index", ignore_index)
+        self.label_smoothing = check_number("label_smoothing", label_smoothing, 0, 1)
 
     def forward(
         self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor | None = None
@@ -70,11 +72,13 @@ class LogitsKDLoss(nn.Module):
         """Of logits ``[batch, classes]`` or ``[batch, classes, ...]`` and targets without the classes' dimension."""
         check_tensor("student_logits", student_logits)
         check_tensor("teacher_logits", teacher_logits)
+        check_same_classes("student_logits", student_logits, "teacher_logits", teacher_logits)
         student, teacher = student_logits.movedim(1, -1), teacher_logits.movedim(1, -1)
         if self.standardize and student.dim() != 2:
             raise ValueError("standardized logits must be [batch, classes]")
         if not self.alpha or targets is None:
             return self._soft(student, teacher, student_logits, teacher_logits)
+        check_tensor("targets", targets, (torch.int64,), "int64")
         if self.reduction == "none":
             raise ValueError(
                 "reduction='none' has no sum of a KL per element and a cross entropy per target: use another reduction"
@@ -157,10 +161,20 @@ class KDLoss(LogitsKDLoss):
     ) -> Tensor:
         """Of the two dictionaries, module path to ``{"input": ..., "output": ...}``; other arguments are not used."""
         return super().forward(
-            student_io_dict[self.student_module_path][self.student_module_io],
-            teacher_io_dict[self.teacher_module_path][self.teacher_module_io],
+            _recorded("student", student_io_dict, self.student_module_path, self.student_module_io),
+            _recorded("teacher", teacher_io_dict, self.teacher_module_path, self.teacher_module_io),
             targets,
         )
+
+
+def _recorded(side: str, io_dict: Mapping[str, Mapping[str, Tensor]], path: str, io: str) -> Tensor:
+    if path not in io_dict:
+        raise ValueError(f"{side}_module_path {path!r} is not in {side}_io_dict, which has {sorted(io_dict)}")
+    if io not in io_dict[path]:
+        raise ValueError(
+            f"{side}_module_io {io!r} was not recorded for {path!r}, which has {sorted(io_dict[path])}"
+        )
+    return io_dict[path][io]
 
 
 class LogitStdKDLoss(KDLoss):

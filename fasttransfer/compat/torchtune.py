@@ -23,10 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fasttransfer.checks import check_count, check_number, check_tensor, shape
-from fasttransfer.compat.elements import log_softmax
+from fasttransfer.checks import check_count, check_index, check_number, check_tensor, shape
+from fasttransfer.compat.elements import counted_rows, log_softmax
 from fasttransfer.kd import kd_loss
 from fasttransfer.kd_arguments import check_logits
+
+_LABELS = (torch.int64, torch.int32)
 
 
 class ForwardKLLoss(nn.Module):
@@ -38,7 +40,7 @@ class ForwardKLLoss(nn.Module):
 
     def __init__(self, ignore_index: int = -100) -> None:
         super().__init__()
-        self.ignore_index = ignore_index
+        self.ignore_index = check_index("ignore_index", ignore_index)
 
     def forward(
         self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, normalize: bool = True
@@ -56,7 +58,7 @@ class ReverseKLLoss(nn.Module):
 
     def __init__(self, ignore_index: int = -100) -> None:
         super().__init__()
-        self.ignore_index = ignore_index
+        self.ignore_index = check_index("ignore_index", ignore_index)
 
     def forward(
         self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, normalize: bool = True
@@ -79,7 +81,7 @@ class SymmetricKLLoss(nn.Module):
     def __init__(self, sym_kd_ratio: float = 0.5, ignore_index: int = -100) -> None:
         super().__init__()
         self.sym_kd_ratio = check_number("sym_kd_ratio", sym_kd_ratio, 0, 1)
-        self.ignore_index = ignore_index
+        self.ignore_index = check_index("ignore_index", ignore_index)
 
     def forward(
         self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, normalize: bool = True
@@ -100,7 +102,7 @@ class _Chunked(nn.Module):
     def __init__(self, num_output_chunks: int, ignore_index: int) -> None:
         super().__init__()
         self.num_output_chunks = check_count("num_output_chunks", num_output_chunks)
-        self.ignore_index = ignore_index
+        self.ignore_index = check_index("ignore_index", ignore_index)
 
     def apply_compile_strategy(self, *args: Any, **kwargs: Any) -> Any:
         """Nothing to do: a chunk's loss is one operation."""
@@ -108,11 +110,21 @@ class _Chunked(nn.Module):
 
     def forward(self, student_logits: list[Tensor], teacher_logits: list[Tensor], labels: Tensor) -> Tensor:
         """The loss over all chunks, divided by the counted rows of ``labels`` ``[batch, length]``."""
+        check_tensor("labels", labels, _LABELS, "int64 or int32")
+        for name, chunks in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
+            if not isinstance(chunks, (list, tuple)) or not chunks:
+                raise TypeError(
+                    f"{name} must be a list of chunks, got {type(chunks).__name__} {chunks!r:.40}"
+                )
+            for i, chunk in enumerate(chunks):
+                check_tensor(f"{name}[{i}]", chunk)
         if len(student_logits) != len(teacher_logits):
             raise ValueError(
                 f"student_logits and teacher_logits must have as many chunks, got {len(student_logits)} and "
                 f"{len(teacher_logits)}"
             )
+        if labels.dim() != 2:
+            raise ValueError(f"labels must be [batch, length], got {shape(labels)}")
         lengths = [chunk.shape[:-1].numel() // max(labels.shape[0], 1) for chunk in student_logits]
         if sum(lengths) != labels.shape[1]:
             raise ValueError(
@@ -177,12 +189,7 @@ def _loss(
     student: Tensor, teacher: Tensor, labels: Tensor, ignore_index: int, normalize: bool, ratio: float
 ) -> Tensor:
     check_tensor("student_logits", student)
-    if not isinstance(labels, Tensor) or labels.numel() != student.shape[:-1].numel():
-        given = shape(labels) if isinstance(labels, Tensor) else type(labels).__name__
-        raise ValueError(
-            f"labels must be a tensor with a label for each row of student_logits {shape(student)}, got {given}"
-        )
-    mask = labels != ignore_index
+    mask = counted_rows(labels, student, ignore_index)
     return _sums(student, teacher, mask, ratio, mask.sum().clamp_min(1) if normalize else None)
 
 

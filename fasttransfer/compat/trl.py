@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fasttransfer.checks import check_choice, check_number
-from fasttransfer.compat.elements import jsd_elements, log_softmax
+from fasttransfer.checks import check_choice, check_flag, check_number, values_visible
+from fasttransfer.compat.elements import counted_rows, jsd_elements, log_softmax
 from fasttransfer.kd import kd_loss
 from fasttransfer.kd_arguments import TEMPERATURES, check_logits
 
@@ -52,8 +52,10 @@ def generalized_jsd_loss(
     check_choice("reduction", reduction, _REDUCTIONS)
     beta = check_number("beta", beta, 0, 1)
     temperature = check_number("temperature", temperature, *TEMPERATURES)
+    check_flag("logits_are_probs", logits_are_probs)
     columns = check_logits(student_logits, teacher_logits, None)
-    mask = None if labels is None else labels != _IGNORED
+    mask = None if labels is None else counted_rows(labels, student_logits, _IGNORED)
+    _check_items(num_items_in_batch)
     if logits_are_probs or (reduction == "none" and num_items_in_batch is None):
         if logits_are_probs:
             x, y = (p.clamp_min(_LEAST_PROBABILITY).log() for p in (student_logits, teacher_logits))
@@ -74,6 +76,16 @@ def generalized_jsd_loss(
         student_logits, teacher_logits, temperature=temperature, row_weight=mask, reduction=plain, num_items=items,
         scale_by_t2=False, divergence="jsd", jsd_beta=beta,
     )  # fmt: skip
+
+
+def _check_items(items: int | float | Tensor | None) -> None:
+    if not isinstance(items, Tensor):
+        if items is not None:
+            check_number("num_items_in_batch", items, 0, open_low=True)
+    elif items.numel() != 1:
+        raise ValueError(f"num_items_in_batch must be one number, got {items.numel()} values")
+    elif values_visible(items) and not bool(items > 0):
+        raise ValueError(f"num_items_in_batch must be greater than 0, got {items.item()}")
 
 
 def _reduced(
