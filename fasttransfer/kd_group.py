@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from fasttransfer.checks import check_tensor, checks_requested, hides_gradient, shape, values_visible
 from fasttransfer.kd_arguments import (
@@ -122,7 +123,7 @@ def _check_shards(student: Tensor, teacher: Tensor, vocab_size: int | None) -> N
         raise ValueError(f"vocab_size must be at least 2, got {vocab_size}")
 
 
-@torch.compiler.disable(recursive=True)
+@_disable_dynamo  # torch.compiler.disable would import Dynamo with the package: as long again as importing torch
 def distill_columns(
     student: Tensor,
     teacher: Tensor,

@@ -174,10 +174,13 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     return any(name == pattern or _glob(name, pattern) for pattern in patterns)
 
 
-@torch.compiler.assume_constant_result
 def _glob(name: str, pattern: str) -> bool:
     """Dynamo cannot trace fnmatch, and need not: of strings, the answer is a constant."""
     return fnmatchcase(name, pattern)
+
+
+# All that torch.compiler.assume_constant_result does, but for importing Dynamo: as long again as importing torch.
+_glob._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def by_name(

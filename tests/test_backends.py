@@ -54,7 +54,8 @@ def test_threads_are_the_ones_asked_for(threads):
 
 def imported(**variables):
     """The package imported by another Python with these variables: (exit status, what it printed)."""
-    code = "import fasttransfer as f; i = f.build_info(); print(i['cpu_kernels'], i['simd_level'], i['cpu_reason'])"
+    code = "import fasttransfer as f; i = f.build_info(); print(i['cpu_kernels'], i['simd_level'], i['cpu_reason']); "
+    code += "import sys; print('with Dynamo' if 'torch._dynamo' in sys.modules else 'without Dynamo')"
     environment = {k: v for k, v in os.environ.items() if not k.startswith("FASTTRANSFER_")}
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -70,6 +71,7 @@ def test_backend_variable_can_take_the_native_kernels_away():
     status, output = imported(FASTTRANSFER_BACKEND="reference")
     assert status == 0
     assert "False None FASTTRANSFER_BACKEND=reference" in output
+    assert "without Dynamo" in output  # which takes as long to import as torch itself
 
 
 def test_simd_variable_chooses_a_level():
