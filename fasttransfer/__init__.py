@@ -22,6 +22,7 @@ from fasttransfer.native import build_info, simd_level, simd_levels, use_backend
 from fasttransfer.search import AlphaSweep, KFoldSearch, kfold_indices, kfold_search, sweep_alpha
 from fasttransfer.teacher_cache import TeacherCache, TeacherCacheWriter, top_k_log_probs
 from fasttransfer.topk_kd import TopKKDLoss, topk_kd_loss
+from fasttransfer.transferability import leep, logme
 
 _native.load()
 
@@ -57,7 +58,9 @@ __all__ = [
     "l2sp_add_grad_",
     "l2sp_penalty",
     "l2sp_prox_",
+    "leep",
     "linear_kd_loss",
+    "logme",
     "lora_penalty",
     "replace_head",
     "simd_level",
