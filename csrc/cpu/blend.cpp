@@ -1,8 +1,10 @@
-// torch.ops.fasttransfer.blend, blend_ and blend_plain_ for the CPU key: coefficients, and the list of tensors in
-// chunks over threads. The run itself is cpu/blend.h. Schemas and the pure-torch twins: fasttransfer/ops/blend.py.
+// torch.ops.fasttransfer.blend, blend_, blend_plain_ and blend_dot for the CPU key: coefficients, and the list of
+// tensors in chunks over threads. The run itself is cpu/blend.h. Schemas and the pure-torch twins:
+// fasttransfer/ops/blend.py.
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
+#include <numeric>
 #include <optional>
 #include <vector>
 
@@ -69,7 +71,7 @@ class Items {
     item.run.count = order_terms(own, weights_.size() + 1);
     item.run.out = out.data;
     item.run.out_dtype = out.dtype;
-    item.run.convex = std::abs(sum - 1) < 1e-12;
+    item.run.around = std::abs(sum - 1) < 1e-12;
     items_.push_back(item);
     sizes_.push_back(n);
   }
@@ -158,6 +160,55 @@ bool run_plain(const Handles& targets, const Handles& sources, double alpha, con
   return true;
 }
 
+// Tensors with their terms: out[i] = sum over the elements of with_i * sum_j coefs[j] terms[j]_i.
+Tensor blend_dot(std::vector<Tensor> with, std::vector<Tensor> terms, std::vector<double> coefs) {
+  const size_t n = with.size(), k = coefs.size();
+  STD_TORCH_CHECK(n > 0 && k > 0 && terms.size() == n * k,
+                  "fasttransfer::blend_dot: at least one tensor, and one term per tensor and coefficient");
+  const bool around = std::abs(std::accumulate(coefs.begin(), coefs.end(), 0.0)) < 1e-12;
+  Operands operands;
+  std::vector<Operand> own(k + 1);
+  std::vector<Flat> flats(k + 1);
+  std::vector<BlendTerm> kept(n * k);
+  std::vector<BlendDotRun> runs(n);
+  std::vector<uint8_t> in_double(n);
+  std::vector<int64_t> sizes(n);
+  for (size_t i = 0; i < n; ++i) {
+    own[0] = {&with[i], false};
+    for (size_t j = 0; j < k; ++j) own[1 + j] = {&terms[i * k + j], false};
+    operands.flatten(own.data(), flats.data(), k + 1);
+    BlendTerm* to = &kept[i * k];
+    for (size_t j = 0; j < k; ++j) to[j] = {flats[1 + j].data, flats[1 + j].dtype, coefs[j]};
+    for (const Flat& flat : flats) in_double[i] = in_double[i] || flat.dtype == DType::kFloat64;
+    runs[i].terms = to;
+    runs[i].count = order_terms(to, k);
+    runs[i].around = around;
+    runs[i].with = flats[0].data;
+    runs[i].with_dtype = flats[0].dtype;
+    sizes[i] = with[i].numel();
+  }
+  // One sum for each piece of a tensor in a chunk, added up in their order: the same whatever the number of threads.
+  // From one piece to the next chunk or tensor ascend, so their sum numbers the pieces.
+  const int64_t chunks = chunk_count(sizes);
+  std::vector<double> sums(size_t(chunks) + n, 0.0);
+  const Kernels& kernel = kernels();
+  for_each_chunk(sizes, [&](int64_t chunk, size_t i, int64_t begin, int64_t count) {
+    BlendDotRun r = runs[i];
+    r.begin = begin;
+    r.n = count;
+    sums[size_t(chunk) + i] = (in_double[i] ? kernel.blend_dot_run_double : kernel.blend_dot_run_float)(r);
+  });
+  Tensor out = torch::stable::new_zeros(with[0], {int64_t(n)}, ScalarType::Double);
+  double* dots = out.mutable_data_ptr<double>();
+  int64_t at = 0;  // in the list, as if it were one array
+  for (size_t i = 0; i < n; at += sizes[i], ++i) {
+    if (sizes[i] == 0) continue;
+    const int64_t last = (at + sizes[i] - 1) / kChunk;
+    for (int64_t chunk = at / kChunk; chunk <= last; ++chunk) dots[i] += sums[size_t(chunk) + i];
+  }
+  return out;
+}
+
 // By hand what TORCH_BOX does, to take the lists as they come.
 void blend_plain_(StableIValue* stack, uint64_t, uint64_t) {
   const Handles targets(stack[0]), sources(stack[1]);
@@ -172,6 +223,7 @@ STABLE_TORCH_LIBRARY_IMPL(fasttransfer, CPU, m) {
   m.impl("blend", TORCH_BOX(&blend));
   m.impl("blend_", TORCH_BOX(&blend_));
   m.impl("blend_plain_", &blend_plain_);
+  m.impl("blend_dot", TORCH_BOX(&blend_dot));
 }
 
 }  // namespace ft

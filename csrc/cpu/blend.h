@@ -1,13 +1,15 @@
-// A weighted sum of k + 1 runs, rounded once.
+// A weighted sum of k + 1 runs, rounded once, and its dot product with another run, which is never written anywhere.
 //
-//   out = sum_j coef_j x_j                                    as it stands, or, where the coefficients sum to 1,
-//   out = x_b + sum_{j != b} coef_j (x_j - x_b)               around the x_b of the largest coefficient
+//   sum = sum_j coef_j x_j                                    as it stands, or, where the coefficients sum to S,
+//   sum = S x_b + sum_{j != b} coef_j (x_j - x_b)             around a base x_b
 //
-// Around x_b: where all x_j agree the result is that value exactly (an average that has converged stays), and a
-// coefficient of 1 beside zeros copies exactly. With alpha and 1 - alpha rounded apart, an exponential average at
-// alpha = 0.999 settles 3e-5 beside its target. A run whose coefficient is 0 is not read.
+// out = sum, where S is 1, around the x_b of the largest coefficient: where all x_j agree the result is that value
+// exactly (an average that has converged stays), and a coefficient of 1 beside zeros copies exactly. With alpha and
+// 1 - alpha rounded apart, an exponential average at alpha = 0.999 settles 3e-5 beside its target.
+// dot = sum_i with_i sum_i, where S is 0 (the gradient of alpha: target - sum_j w_j source_j): differences first, of
+// which nothing is lost where target and sources are close. A run whose coefficient is 0 is not read.
 //
-// Passes over memory: one for all k sources. Bytes per fp32 element: 4 (k + 2).
+// Passes over memory: one for all k sources. Bytes per fp32 element: 4 (k + 2), for either.
 #pragma once
 
 #include "cpu/blocks.h"
@@ -17,60 +19,82 @@ namespace ft::FT_ISA {
 namespace {
 
 // What a term adds to the sum.
-template <class F, bool kConvex>
+template <class F, bool kAround>
 FT_HD Vec<F> term(Vec<F> x, Vec<F> base, F coef) {
-  return kConvex ? (x - base) * coef : x * coef;
+  return kAround ? (x - base) * coef : x * coef;
 }
 
 constexpr int kGroup = 4;  // terms beside the base that one pass over a block adds up
 
-// out = (sum, or the base times its coefficient) + kCount terms. The output may be the memory of any operand.
-template <class F, bool kConvex, bool kFirst, int kCount>
-FT_HD void blend_block(const F* base, F base_coef, const F* sum, const F* const* x, const F* coef, F* out,
+// What becomes of the sums of a block: they are stored, perhaps in the memory of an operand; or multiplied and added
+// up.
+template <class F>
+struct Stored {
+  F* to;
+  template <class Mem>
+  FT_HD void take(int64_t i, Mem mem, Vec<F> sum) {
+    mem.store(to + i, sum);
+  }
+};
+template <class F>
+struct Multiplied {
+  const F* with;
+  BlockSum<F> products{};
+  template <class Mem>
+  FT_HD void take(int64_t i, Mem mem, Vec<F> sum) {
+    prefetch(with + i + kAhead<F>);
+    products.add(mem.load(with + i) * sum);
+  }
+};
+
+// (sum, or the base times its coefficient) + kCount terms
+template <class F, bool kAround, bool kFirst, int kCount, class Sink>
+FT_HD void blend_block(const F* base, F base_coef, const F* sum, const F* const* x, const F* coef, Sink& sink,
                        int64_t n) {
   for_each_vector<F>(n, [&](int64_t i, auto mem) __attribute__((always_inline)) {
     prefetch(base + i + kAhead<F>);
     const Vec<F> b = mem.load(base + i);
-    // A coefficient of 0 does not look at its operand; that of the base is 0 only where all are.
+    // A coefficient of 0 does not look at its operand.
     Vec<F> total = !kFirst ? mem.load(sum + i) : base_coef == F(0) ? Vec<F>{} : b * base_coef;
 #pragma GCC unroll 8
     for (int j = 0; j < kCount; ++j) {
       prefetch(x[j] + i + kAhead<F>);
-      total += term<F, kConvex>(mem.load(x[j] + i), b, coef[j]);
+      total += term<F, kAround>(mem.load(x[j] + i), b, coef[j]);
     }
-    mem.store(out + i, total);
+    sink.take(i, mem, total);
   });
 }
 
-template <class F, bool kConvex, bool kFirst>
-FT_HD void blend_block(int count, const F* base, F base_coef, const F* sum, const F* const* x, const F* coef, F* out,
-                       int64_t n) {
+template <class F, bool kAround, bool kFirst, class Sink>
+FT_HD void blend_block(int count, const F* base, F base_coef, const F* sum, const F* const* x, const F* coef,
+                       Sink& sink, int64_t n) {
   static_assert(kGroup == 4);
   switch (count) {
     case 0:
-      return blend_block<F, kConvex, kFirst, 0>(base, base_coef, sum, x, coef, out, n);
+      return blend_block<F, kAround, kFirst, 0>(base, base_coef, sum, x, coef, sink, n);
     case 1:
-      return blend_block<F, kConvex, kFirst, 1>(base, base_coef, sum, x, coef, out, n);
+      return blend_block<F, kAround, kFirst, 1>(base, base_coef, sum, x, coef, sink, n);
     case 2:
-      return blend_block<F, kConvex, kFirst, 2>(base, base_coef, sum, x, coef, out, n);
+      return blend_block<F, kAround, kFirst, 2>(base, base_coef, sum, x, coef, sink, n);
     case 3:
-      return blend_block<F, kConvex, kFirst, 3>(base, base_coef, sum, x, coef, out, n);
+      return blend_block<F, kAround, kFirst, 3>(base, base_coef, sum, x, coef, sink, n);
     default:
-      return blend_block<F, kConvex, kFirst, 4>(base, base_coef, sum, x, coef, out, n);
+      return blend_block<F, kAround, kFirst, 4>(base, base_coef, sum, x, coef, sink, n);
   }
 }
 
-template <class F, bool kConvex>
-void blend_run_as(const BlendRun& run) {
-  Buffer<F> base_buffer, x_buffers[kGroup], sum_buffer, out_buffer;
-  bool direct = run.count - 1 <= kGroup && is_type<F>(run.out_dtype);
+// Result: how often a sum around its base holds that base, its sink for a block, what it does with it afterwards.
+template <class F, bool kAround, class Result>
+FT_HD void blend_blocks(const BlendSum& run, Result& result) {
+  Buffer<F> base_buffer, x_buffers[kGroup], sum_buffer;
+  bool direct = run.count - 1 <= kGroup && result.direct();
   for (int j = 0; j < run.count; ++j) direct = direct && is_type<F>(run.terms[j].dtype);
   const int64_t block = direct ? run.n : kBlock, end = run.begin + run.n;
   for (int64_t begin = run.begin; begin < end; begin += block) {
     const int64_t n = end - begin < block ? end - begin : block;
     const F* base = read_block<F>(run.terms[0].dtype, run.terms[0].data, begin, n, base_buffer);
-    F* out = result_block<F>(run.out_dtype, run.out, begin, out_buffer);
-    const F base_coef = kConvex ? F(1) : F(run.terms[0].coef);
+    const F base_coef = kAround ? Result::kOfBase : F(run.terms[0].coef);
+    auto last = result.sink(begin, n);
     const F* sum = nullptr;  // of the groups before, in the L1 cache
     int first = 1;
     do {
@@ -83,22 +107,64 @@ void blend_run_as(const BlendRun& run) {
         coef[j] = F(t.coef);
       }
       first += count;
-      // Only the last group writes to the output, which may be the memory of any term.
-      F* to = first < run.count ? sum_buffer.values : out;
-      if (sum) {
-        blend_block<F, kConvex, false>(count, base, base_coef, sum, x, coef, to, n);
+      const auto add_to = [&](auto& sink) __attribute__((always_inline)) {
+        if (sum) {
+          blend_block<F, kAround, false>(count, base, base_coef, sum, x, coef, sink, n);
+        } else {
+          blend_block<F, kAround, true>(count, base, base_coef, sum, x, coef, sink, n);
+        }
+      };
+      // Only the last group meets the result, which may be the memory of any term.
+      if (first < run.count) {
+        Stored<F> kept{sum_buffer.values};
+        add_to(kept);
+        sum = sum_buffer.values;
       } else {
-        blend_block<F, kConvex, true>(count, base, base_coef, sum, x, coef, to, n);
+        add_to(last);
       }
-      sum = to;
     } while (first < run.count);
-    write_block<F>(run.out_dtype, run.out, begin, n, out_buffer);
+    result.take(last, begin, n);
   }
 }
 
 template <class F>
+struct BlendResult {
+  static constexpr F kOfBase = 1;
+  const BlendRun& run;
+  Buffer<F> buffer;
+  FT_HD explicit BlendResult(const BlendRun& r) : run(r) {}
+  FT_HD bool direct() const { return is_type<F>(run.out_dtype); }
+  FT_HD Stored<F> sink(int64_t begin, int64_t) { return {result_block<F>(run.out_dtype, run.out, begin, buffer)}; }
+  FT_HD void take(const Stored<F>&, int64_t begin, int64_t n) {
+    write_block<F>(run.out_dtype, run.out, begin, n, buffer);
+  }
+};
+
+template <class F>
+struct BlendDot {
+  static constexpr F kOfBase = 0;
+  const BlendDotRun& run;
+  double total = 0;
+  Buffer<F> buffer;
+  FT_HD explicit BlendDot(const BlendDotRun& r) : run(r) {}
+  FT_HD bool direct() const { return is_type<F>(run.with_dtype); }
+  FT_HD Multiplied<F> sink(int64_t begin, int64_t n) {
+    return {read_block<F>(run.with_dtype, run.with, begin, n, buffer)};
+  }
+  FT_HD void take(Multiplied<F>& sink, int64_t, int64_t) { total += sink.products.total(); }
+};
+
+template <class F>
 void blend_run(const BlendRun& run) {
-  run.convex ? blend_run_as<F, true>(run) : blend_run_as<F, false>(run);
+  BlendResult<F> result(run);
+  run.around ? blend_blocks<F, true>(run, result) : blend_blocks<F, false>(run, result);
+}
+
+template <class F>
+double blend_dot_run(const BlendDotRun& run) {
+  BlendDot<F> dot(run);
+  run.around ? blend_blocks<F, true>(run, dot) : blend_blocks<F, false>(run, dot);
+  return dot.total;
 }
 
 }  // namespace

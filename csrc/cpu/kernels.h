@@ -116,13 +116,22 @@ struct BlendTerm {
   double coef;
 };
 
-struct BlendRun {
+struct BlendSum {
+  const BlendTerm* terms;  // the first is the base; zeros are left out
+  int count;               // at least 1
+  bool around;             // the base: the coefficients sum to 1 (run), to 0 (dot)
+  int64_t begin, n;        // elements [begin, begin + n) of every term, and of what the sum meets
+};
+
+struct BlendRun : BlendSum {
   void* out;
   DType out_dtype;
-  const BlendTerm* terms;  // the first is the base, of the largest coefficient; zeros are left out
-  int count;               // at least 1
-  bool convex;             // the coefficients sum to 1
-  int64_t begin, n;        // elements [begin, begin + n) of the output and of every term
+};
+
+// The dot product of the sum with a run of numbers.
+struct BlendDotRun : BlendSum {
+  const void* with;
+  DType with_dtype;
 };
 
 struct Kernels {
@@ -141,6 +150,8 @@ struct Kernels {
   double (*l2sp_run_double)(const L2spRun&);
   void (*blend_run_float)(const BlendRun&);
   void (*blend_run_double)(const BlendRun&);
+  double (*blend_dot_run_float)(const BlendDotRun&);
+  double (*blend_dot_run_double)(const BlendDotRun&);
 };
 
 // The table of the level in force: the best that this CPU runs, FASTTRANSFER_SIMD, or what set_level() chose.

@@ -21,9 +21,7 @@ struct L2spBlock {
 
 template <class F, bool kStart, bool kImportance, bool kGrad, bool kAccumulate>
 FT_HD double l2sp_block(const L2spBlock<F>& at, F factor, int64_t n) {
-  DoubleSum<F> total;
-  Vec<F> sum{};
-  int pending = 0;
+  BlockSum<F> sum;
   for_each_vector<F>(n, [&](int64_t i, auto mem) __attribute__((always_inline)) {
     prefetch(at.p + i + kAhead<F>);
     if constexpr (kStart) prefetch(at.p0 + i + kAhead<F>);
@@ -32,21 +30,14 @@ FT_HD double l2sp_block(const L2spBlock<F>& at, F factor, int64_t n) {
     Vec<F> d = mem.load(at.p + i);
     if constexpr (kStart) d -= mem.load(at.p0 + i);
     const Vec<F> weighed = kImportance ? d * mem.load(at.importance + i) : d;
-    sum += weighed * d;
+    sum.add(weighed * d);
     if constexpr (kGrad) {
       Vec<F> g = weighed * factor;
       if constexpr (kAccumulate) g += mem.load(at.grad_in + i);
       mem.store(at.grad + i, g);
     }
-    // In fp32 over 8 vectors, then in double.
-    if (++pending == 8) {
-      total.add(sum);
-      sum = Vec<F>{};
-      pending = 0;
-    }
   });
-  total.add(sum);
-  return total.total();
+  return sum.total();
 }
 
 template <class F, bool kStart, bool kImportance>

@@ -30,6 +30,8 @@ const Kernels table = {
     .l2sp_run_double = l2sp_run<double>,
     .blend_run_float = blend_run<float>,
     .blend_run_double = blend_run<double>,
+    .blend_dot_run_float = blend_dot_run<float>,
+    .blend_dot_run_double = blend_dot_run<double>,
 };
 
 }  // namespace ft::FT_ISA

@@ -133,6 +133,25 @@ struct DoubleSum<float> {
   FT_HD double total() const { return DoubleSum<double>{low.sum + high.sum}.total(); }
 };
 
+// A sum of many vectors: in F over 8 of them, then in double.
+template <class F>
+struct BlockSum {
+  DoubleSum<F> whole;
+  Vec<F> part{};
+  int pending = 0;
+  FT_HD void add(Vec<F> x) {
+    part += x;
+    if (++pending < 8) return;
+    whole.add(part);
+    part = Vec<F>{};
+    pending = 0;
+  }
+  FT_HD double total() {
+    whole.add(part);
+    return whole.total();
+  }
+};
+
 // ---------------------------------------------------------------------------------------------------------------
 // 2^(x c) for x <= 0: n = round(x c) by the magic-number addition, f = x c - n with c in two parts, 2^f by a
 // polynomial with p(0) = 1 exactly, then n added to the exponent. Below the smallest normal number the result is 0; a

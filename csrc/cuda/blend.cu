@@ -1,5 +1,6 @@
-// torch.ops.fasttransfer.blend and blend_ for the CUDA key: checks, coefficients, the table of targets, launches. The
-// kernel is cuda/blend.cuh. Schemas and the pure-torch twins: fasttransfer/ops/blend.py.
+// torch.ops.fasttransfer.blend, blend_ and blend_dot for the CUDA key: checks, coefficients, the table of targets,
+// launches. The kernels are cuda/blend.cuh and blend_dot.cuh. Schemas and the pure-torch twins:
+// fasttransfer/ops/blend.py.
 //
 // Nothing waits for the device: coefficients that are there stay there. A CUDA graph can capture a call.
 #include "cuda/blend.cuh"
@@ -8,9 +9,12 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <numeric>
 #include <optional>
 #include <vector>
 
+#include "cuda/blend_dot.cuh"
 #include "cuda/runtime.h"
 #include "cuda/table_tensors.h"
 
@@ -156,11 +160,54 @@ void blend_(std::vector<Tensor> targets, std::vector<Tensor> sources, std::vecto
   run(targets, targets, sources, alpha, alpha_tensor, scale, scale_tensor, weights);
 }
 
+// Dot product i: of upstream[i] with sum_j coefs[j] terms[i * k + j].
+Tensor blend_dot(std::vector<Tensor> upstream, std::vector<Tensor> terms, std::vector<double> coefs) {
+  const size_t n = upstream.size(), k = coefs.size();
+  STD_TORCH_CHECK(n > 0 && k > 0 && terms.size() == n * k && int64_t(k) <= lists::kMostTerms,
+                  "fasttransfer::blend_dot: at least one tensor, one term per tensor and coefficient, at most ",
+                  lists::kMostTerms, " coefficients");
+  const DeviceGuard guard(upstream[0]);
+  const double sum = std::accumulate(coefs.begin(), coefs.end(), 0.0);
+  lists::Flattened operands(upstream[0]);
+  std::vector<lists::Operand> own(k + 1);
+  std::vector<lists::Run> runs(k + 1);
+  std::vector<BlendTerm> kept(k);
+  lists::Items items(lists::blend_stride(int64_t(k)), n);
+  for (size_t i = 0; i < n; ++i) {
+    own[0] = {&upstream[i], false};
+    for (size_t j = 0; j < k; ++j) own[1 + j] = {&terms[i * k + j], false};
+    operands.flatten(own.data(), runs.data(), k + 1);
+    if (upstream[i].numel() == 0) continue;
+    for (size_t j = 0; j < k; ++j) kept[j] = {runs[1 + j].data, coefs[j], runs[1 + j].dtype};
+    BlendItem item = {};
+    item.out = const_cast<void*>(runs[0].data);
+    item.out_type = uint8_t(runs[0].dtype);
+    item.index = int32_t(i);
+    item.convex = lists::sum_is_one(sum + 1);
+    const size_t count = order_terms(kept.data(), k);
+    item.terms = uint16_t(count);
+    bool in_double = false;
+    for (const lists::Run& run : runs) in_double = in_double || run.dtype == DType::kFloat64;
+    for (size_t j = 0; j < count; ++j) runs[1 + j] = {kept[j].data, kept[j].dtype};
+    lists::choose_way(item, runs.data(), count + 1, upstream[i].numel(), in_double);
+    unsigned char* to = items.add();
+    std::memcpy(to, &item, sizeof item);
+    std::memcpy(to + sizeof item, kept.data(), count * sizeof(BlendTerm));
+  }
+  const std::vector<lists::Slice> slices = items.cut();
+  Tensor dots = torch::stable::new_zeros(upstream[0], {int64_t(n)}, ScalarType::Double);
+  const Tensor partials = torch::stable::new_empty(upstream[0], {lists::count_chunks(slices)}, ScalarType::Double);
+  lists::launch_blend_dot(items, slices, static_cast<double*>(partials.mutable_data_ptr()),
+                          static_cast<double*>(dots.mutable_data_ptr()), current_stream(upstream[0]));
+  return dots;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(FT_NAMESPACE, FT_KEY, m) {
   m.impl("blend", TORCH_BOX(&blend));
   m.impl("blend_", TORCH_BOX(&blend_));
+  m.impl("blend_dot", TORCH_BOX(&blend_dot));
 }
 
 }  // namespace ft

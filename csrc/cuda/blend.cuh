@@ -30,11 +30,11 @@ struct BlendTerm {
 // Its terms follow it. Where BlendCoefs has nothing: the one of the largest coefficient first, zeros left out. Else
 // the target first, and `coef` is what a value of BlendCoefs is multiplied by.
 struct BlendItem : Item {
-  void* out;
+  void* out;         // or, of a dot product (blend_dot.cuh), what the sum is multiplied by
   int32_t index;     // of the target, in alpha and scale
   uint16_t terms;    // at least 1
   uint8_t out_type;  // a DType: with all of it an item would be 8 bytes longer
-  bool convex;       // the coefficients, if they are known, sum to 1
+  bool convex;       // the coefficients, if they are known, sum to 1 (of a dot product: to 0)
 };
 constexpr int64_t blend_stride(int64_t terms) {
   return int64_t(sizeof(BlendItem)) + terms * int64_t(sizeof(BlendTerm));
@@ -108,8 +108,25 @@ FT_DEVICE Terms<kBytes> terms_of(const Table<kBytes>& table, int i, const BlendI
   return terms;
 }
 
-template <class Access, class F, int L, int U, class Span, class Terms>
-FT_DEVICE void blend_span(const BlendItem& item, const Terms& terms, const Span& span, int64_t begin) {
+// What becomes of the sums of a batch: they are rounded and stored. kOfBase: they include the base that they are
+// around.
+struct Stored {
+  static constexpr bool kOfBase = true;
+  void* out;
+  DType type;
+
+  template <class Access, int L, int U>
+  FT_DEVICE int fetch(const Places<U>&) const {
+    return 0;  // nothing
+  }
+  template <class Access, class F, int L, int U>
+  FT_DEVICE void take(const Places<U>& places, int, const F (&sums)[U][L]) const {
+    Access::put_at(out, type, places, sums);
+  }
+};
+
+template <class Access, class F, int L, int U, class Span, class Terms, class Result>
+FT_DEVICE void blend_span(const Terms& terms, Result& result, const Span& span, int64_t begin) {
   const F base_coef = F(terms.base.coef);
   for (int k = device::thread(); k < span.count; k += kThreads * U) {
     const Places<U> places = places_of<U>(span, begin, k);
@@ -117,6 +134,7 @@ FT_DEVICE void blend_span(const BlendItem& item, const Terms& terms, const Span&
       return Access::template fetch_at<L>(term.data, term.dtype, places, given);
     };
     int j = terms.second_at;
+    const auto met = result.template fetch<Access, L>(places);
     const auto base = fetch_term(terms.base, true);
     auto x = fetch_term(terms.second, j < terms.count);
     F coef = F(terms.second.coef);
@@ -128,7 +146,7 @@ FT_DEVICE void blend_span(const BlendItem& item, const Terms& terms, const Span&
         const F b = base.template get<F>(u, l);
         around[u][l] = terms.convex ? b : F(0);
         // A coefficient of 0 does not look at its operand; that of the base is 0 only where all are.
-        total[u][l] = terms.convex ? b : base_coef == F(0) ? F(0) : base_coef * b;
+        total[u][l] = terms.convex ? (Result::kOfBase ? b : F(0)) : base_coef == F(0) ? F(0) : base_coef * b;
       }
     }
     while (j < terms.count) {
@@ -143,44 +161,44 @@ FT_DEVICE void blend_span(const BlendItem& item, const Terms& terms, const Span&
       x = ahead;
       coef = F(next.coef);
     }
-    Access::put_at(item.out, DType(item.out_type), places, total);
+    result.template take<Access>(places, met, total);
   }
 }
 
-template <class Access, class F, int L, int U, class Terms>
-FT_DEVICE void blend_vectors(const BlendItem& item, const Terms& terms, const Piece& piece) {
-  blend_span<Access, F, L, U>(item, terms, Vectors<L>(piece), piece.begin);
+template <class Access, class F, int L, int U, class Terms, class Result>
+FT_DEVICE void blend_vectors(const Terms& terms, Result& result, const Piece& piece) {
+  blend_span<Access, F, L, U>(terms, result, Vectors<L>(piece), piece.begin);
 }
-template <class F, class Terms>
-FT_DEVICE void blend_edges(const BlendItem& item, const Terms& terms, const Piece& piece) {
-  blend_span<Any<F>, F, 1, 4>(item, terms, Edges(piece), piece.begin);
+template <class F, class Terms, class Result>
+FT_DEVICE void blend_edges(const Terms& terms, Result& result, const Piece& piece) {
+  blend_span<Any<F>, F, 1, 4>(terms, result, Edges(piece), piece.begin);
 }
 
-template <class Terms>
-FT_DEVICE void blend_piece(const BlendItem& item, const Terms& terms, const Piece& piece) {
-  switch (item.way) {
+template <class Terms, class Result>
+FT_DEVICE void blend_piece(Way way, const Terms& terms, Result& result, const Piece& piece) {
+  switch (way) {
     case Way::kFloat32:
-      blend_vectors<Typed<float>, float, 4, 2>(item, terms, piece);
+      blend_vectors<Typed<float>, float, 4, 2>(terms, result, piece);
       break;
     case Way::kBFloat16:
-      blend_vectors<Typed<BFloat16>, float, 8, 2>(item, terms, piece);
+      blend_vectors<Typed<BFloat16>, float, 8, 2>(terms, result, piece);
       break;
     case Way::kFloat16:
-      blend_vectors<Typed<Half>, float, 8, 2>(item, terms, piece);
+      blend_vectors<Typed<Half>, float, 8, 2>(terms, result, piece);
       break;
     case Way::kMixed:
-      blend_vectors<Any<float>, float, 4, 2>(item, terms, piece);
+      blend_vectors<Any<float>, float, 4, 2>(terms, result, piece);
       break;
     case Way::kMixedDouble:
-      blend_vectors<Any<double>, double, 2, 2>(item, terms, piece);
+      blend_vectors<Any<double>, double, 2, 2>(terms, result, piece);
       break;
     default:
       break;
   }
-  if (item.way == Way::kMixedDouble || item.way == Way::kElementsDouble) {
-    blend_edges<double>(item, terms, piece);
+  if (way == Way::kMixedDouble || way == Way::kElementsDouble) {
+    blend_edges<double>(terms, result, piece);
   } else {
-    blend_edges<float>(item, terms, piece);
+    blend_edges<float>(terms, result, piece);
   }
 }
 
@@ -189,7 +207,8 @@ FT_KERNEL void FT_BOUNDS(kThreads, 4) blend_kernel(FT_PARAMS(BlendCall<kBytes>) 
   for (int64_t chunk = device::block(); chunk < call.table.chunks; chunk += device::blocks()) {
     const int i = item_of(call.table, uint32_t(chunk));
     const BlendItem item = call.table.template item<BlendItem>(i);
-    blend_piece(item, terms_of(call.table, i, item, call.coefs), piece_of(item, uint32_t(chunk)));
+    Stored result = {item.out, DType(item.out_type)};
+    blend_piece(item.way, terms_of(call.table, i, item, call.coefs), result, piece_of(item, uint32_t(chunk)));
   }
 }
 

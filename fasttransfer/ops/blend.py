@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttransfer.ops.library import compute_dtype, define
+from fasttransfer.ops.library import accumulator, compute_dtype, define
 
 _ARGUMENTS = (
     "Tensor[] sources, float[] alpha, Tensor? alpha_tensor, "
@@ -115,6 +115,31 @@ blend_plain_op = define(
 )
 
 
+def _blend_dot(upstream: Sequence[Tensor], terms: Sequence[Tensor], coefs: Sequence[float]) -> Tensor:
+    k, dots = len(coefs), []
+    for i, g in enumerate(upstream):
+        row = terms[i * k : (i + 1) * k]
+        dtype = compute_dtype(g, *row)
+        wide = [t.to(dtype) for t in row]
+        if abs(sum(coefs)) < 1e-12:  # differences first: nothing is lost where the terms are close
+            base, rest = wide[0], zip(wide[1:], coefs[1:], strict=True)
+            total = sum((_scaled(x - base, c) for x, c in rest), torch.zeros_like(base))
+        else:
+            total = sum(_scaled(x, c) for x, c in zip(wide, coefs, strict=True))
+        dots.append((g.to(dtype) * total).sum(dtype=accumulator(g)))
+    return torch.stack(dots)
+
+
+# out[i] = sum(upstream_i * sum_j coefs_j terms_ij), the gradient of a coefficient: one pass, nothing between. Products
+# in fp32 (fp64 if an operand is), summed in fp64 where the device has it. terms: as the sources of `blend`.
+blend_dot_op = define(
+    "blend_dot",
+    "(Tensor[] upstream, Tensor[] terms, float[] coefs) -> Tensor",
+    _blend_dot,
+    lambda upstream, *_: upstream[0].new_empty(len(upstream), dtype=accumulator(upstream[0])),
+)
+
+
 # ---------------------------------------------------------------------------------------------- autograd
 class BlendFunction(torch.autograd.Function):
     """``outs = BlendFunction.apply(n, alpha, alpha_tensor, scale, scale_tensor, weights, *targets, *sources)``."""
@@ -150,14 +175,12 @@ class BlendFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:
-        """By torch's own operations, so differentiable again."""
+        """In each operand; differentiable again, by torch's own operations, under create_graph."""
         n, alpha, scale, weights = ctx.constants
         alpha_tensor, scale_tensor, *tensors = ctx.saved_tensors
         needs = ctx.needs_input_grad[6:]
         k = len(weights)
         grads: list[Tensor | None] = [None] * (n + n * k)
-        on_alpha: list[Any] = [0.0] * n
-        on_scale: list[Any] = [0.0] * n
         for i, g in enumerate(upstream):
             if g is None:
                 continue
@@ -169,23 +192,34 @@ class BlendFunction(torch.autograd.Function):
                 at = n + i * k + j
                 if needs[at]:
                     grads[at] = (wide * ((1 - a if b is None else b) * w)).to(ctx.dtypes[at])
-            if ctx.learned:
-                target = tensors[i].to(wide.dtype)
-                source = sum(w * tensors[n + i * k + j].to(wide.dtype) for j, w in enumerate(weights))
-                on_alpha[i] = (wide * (target - source if b is None else target)).sum()
-                on_scale[i] = (wide * source).sum()
-        return (
-            None,
-            None,
-            _stacked(on_alpha, alpha_tensor) if ctx.needs_input_grad[2] else None,
-            None,
-            _stacked(on_scale, scale_tensor) if ctx.needs_input_grad[4] else None,
-            None,
-            *grads,
-        )
+        on_alpha = on_scale = None
+        if ctx.needs_input_grad[2]:
+            complementary = scale_tensor is None and not scale
+            coefs = [1.0, *(-w if complementary else 0.0 for w in weights)]
+            on_alpha = _dots(upstream, tensors, coefs, alpha_tensor)
+        if ctx.needs_input_grad[4]:
+            on_scale = _dots(upstream, tensors, [0.0, *weights], scale_tensor)
+        return None, None, on_alpha, None, on_scale, None, *grads
 
 
-def _stacked(values: Sequence[Any], like: Tensor) -> Tensor:
-    return torch.stack(
-        [torch.as_tensor(v, dtype=like.dtype, device=like.device).to(like.dtype) for v in values]
+def _dots(
+    upstream: Sequence[Tensor | None], tensors: Sequence[Tensor], coefs: Sequence[float], like: Tensor
+) -> Tensor:
+    """``sum(upstream_i * sum_j coefs_j x_ij)`` of the target and the sources of each output; 0 of an unused one."""
+    n, k = len(upstream), len(coefs) - 1
+    counted = [j for j, c in enumerate(coefs) if c]
+    used = [i for i, g in enumerate(upstream) if g is not None]
+    if not used or not counted:
+        return torch.zeros_like(like)
+    rows = [[tensors[i], *tensors[n + i * k : n + (i + 1) * k]] for i in used]
+    args = (
+        [upstream[i] for i in used],
+        [row[j] for row in rows for j in counted],
+        [coefs[j] for j in counted],
     )
+    twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    dots = (_blend_dot if twice else blend_dot_op)(*args).to(like.dtype)
+    if len(used) == n:
+        return dots
+    found = dict(zip(used, dots.unbind(), strict=True))
+    return torch.stack([found.get(i, torch.zeros_like(dots[0])) for i in range(n)])

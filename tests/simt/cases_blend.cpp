@@ -1,6 +1,9 @@
-// The kernels of cuda/blend.cuh on lists that reach each way of reading, any number of sources, coefficients that the
-// host knows and ones in device memory, zeros among them, and outputs that are an operand's memory.
+// The kernels of cuda/blend.cuh and blend_dot.cuh on lists that reach each way of reading, any number of sources,
+// coefficients that the host knows and ones in device memory, zeros among them, and outputs that are an operand's
+// memory.
 #include "cuda/blend.cuh"
+
+#include "cuda/blend_dot.cuh"
 #include "simt/cases.h"
 
 namespace {
@@ -162,6 +165,83 @@ void run(const std::vector<Spec>& specs, const Mix& mix, Known known, int few_bl
   }
 }
 
+// Dot products of the list with sums of `coefs.size()` terms. Of each Spec: `out` is the type of what they meet.
+void run_dots(const std::vector<Spec>& specs, const std::vector<double>& coefs, int few_blocks = 0) {
+  Random random(specs.size() * 37 + specs[0].n);
+  const size_t k = coefs.size();
+  const int64_t count = int64_t(specs.size());
+  double sum = 0;
+  for (double c : coefs) sum += c;
+  int64_t loaded = 0;
+  std::vector<Operands> list;
+  Items items(lists::blend_stride(int64_t(k)), specs.size());
+  for (int64_t i = 0; i < count; ++i) {
+    const Spec& s = specs[i];
+    Operands o;
+    o.out = std::make_unique<Buffer>(s.out, s.n, s.offset(0));
+    o.out->fill(random, 1);
+    std::vector<BlendTerm> terms;
+    for (size_t j = 0; j < k; ++j) {
+      o.terms.push_back(std::make_unique<Buffer>(s.types[j % s.types.size()], s.n, s.offset(j + 1)));
+      Buffer& b = *o.terms.back();
+      if (coefs[j] != 0) b.fill(random, 1);  // else NaN, which must not be read
+      terms.push_back({b.data(), coefs[j], b.dtype()});
+    }
+    order(terms);
+    BlendItem item = {};
+    item.out = o.out->data();
+    item.index = int32_t(count - 1 - i);
+    item.out_type = uint8_t(s.out);
+    item.terms = uint16_t(terms.size());
+    item.convex = std::fabs(sum) < 1e-12;
+    std::vector<Run> runs = {{item.out, s.out}};
+    for (const BlendTerm& t : terms) runs.push_back({t.data, t.dtype});
+    for (const Run& r : runs) loaded += s.n * size_of(r.dtype);
+    lists::choose_way(item, runs.data(), runs.size(), s.n);
+    unsigned char* const at = items.add();
+    std::memcpy(at, &item, sizeof item);
+    std::memcpy(at + sizeof item, terms.data(), terms.size() * sizeof(BlendTerm));
+    list.push_back(std::move(o));
+  }
+  const std::vector<Slice> slices = items.cut();
+  const int64_t chunks = lists::count_chunks(slices);
+  Buffer partials(DType::kFloat64, chunks), dots(DType::kFloat64, count);
+  const Counted counted;
+  if (few_blocks) {
+    lists::with_table_size(items, slices[0], [&](auto bytes) {
+      lists::BlendDotCall<bytes()> call;
+      call.partials = partials.as<double>();
+      call.dots = dots.as<double>();
+      items.copy(slices[0], call.table);
+      const device::Grid grid = {few_blocks, lists::kThreads, 1, lists::kSumBytes};
+      device::launch(lists::blend_dot_kernel<bytes()>, grid, {}, call);
+      const device::Grid totals = {slices[0].count, lists::kThreads, 1, lists::kSumBytes};
+      device::launch(lists::blend_dot_total_kernel<bytes()>, totals, {}, call);
+    });
+  } else {
+    lists::launch_blend_dot(items, slices, partials.as<double>(), dots.as<double>(), {});
+  }
+  counted.expect_bytes(loaded + 8 * chunks, 8 * chunks + 8 * count, "dots of " + std::to_string(count));
+  for (int64_t i = 0; i < count; ++i) {
+    Operands& o = list[i];
+    bool in_double = specs[i].out == DType::kFloat64;
+    double exact = 0, size = 0;
+    for (size_t j = 0; j < k; ++j) {
+      in_double = in_double || (coefs[j] != 0 && o.terms[j]->dtype() == DType::kFloat64);
+      for (int64_t e = 0; coefs[j] != 0 && e < specs[i].n; ++e) {
+        const double product = coefs[j] * o.terms[j]->get(e) * o.out->get(e);
+        exact += product;
+        size += std::fabs(product);
+      }
+    }
+    const std::string text = text_of(specs[i], {coefs[0], 0, {}}, Known::kAll) + ": dot of " + std::to_string(k);
+    const double unit = roundoff(in_double ? DType::kFloat64 : DType::kFloat32);
+    expect_close(dots.get(count - 1 - i), exact, (20.0 + double(k)) * unit * size, text);
+    expect(o.out->intact(), text + ": memory beside it");
+  }
+  expect(partials.intact() && dots.intact(), "memory beside the dots");
+}
+
 // The host's arithmetic, where running what it plans would take too long.
 void plans() {
   const int64_t chunk = lists::kChunk, most = int64_t{1} << 31;
@@ -203,6 +283,9 @@ void all(const char*) {
   run(list, five, Known::kBothInDouble);
   run(list, five, Known::kScaleInMemory, 3);
   for (Known known : {Known::kAll, Known::kAlphaInMemory}) run(list, {0.5, 0.5, {1}}, known);
+  const std::vector<double> difference = {1, -1}, soup = {1, -0.25, 0, -0.5, -0.25}, one = {1};
+  for (const auto& coefs : {difference, soup, one, {0.5, 0, 0.25}, {0, 0}}) run_dots(list, coefs);
+  run_dots(list, soup, 5);  // blocks take several chunks
   for (Spec& s : list) s.agree = true;
   for (Known known : {Known::kAll, Known::kAlphaInMemory, Known::kBothInDouble}) run(list, {0.7, 0.3, {1}}, known);
 
@@ -224,6 +307,8 @@ void all(const char*) {
   }
   run(list, two, Known::kAll);
   run(list, five, Known::kAlphaInMemory);
+  run_dots(list, difference);
+  run_dots(list, {1, 0.5, 2});
 
   const int64_t chunk = lists::kChunk;
   list.clear();
@@ -231,9 +316,15 @@ void all(const char*) {
     for (int64_t n : {chunk - 1, chunk, chunk + 1, 2 * chunk + 5}) list.push_back({{t}, t, n, {int(n % 3)}});
   }
   run(list, two, Known::kAll);
+  run_dots(list, difference);
+  run_dots(list, difference, 3);
+  // More chunks than the threads that add them up.
+  run_dots({{{DType::kBFloat16}, DType::kBFloat16, 7, {0}}, {{DType::kBFloat16}, DType::kBFloat16, 260 * chunk, {0}}},
+           one);
   list.clear();
   for (int i = 0; i < 1200; ++i) list.push_back({{DType::kFloat32}, DType::kFloat32, 1 + i % 3, {0}});
   run(list, three, Known::kAll);
+  run_dots(list, difference);
 }
 
 }  // namespace
