@@ -23,6 +23,7 @@ from fasttransfer.search import AlphaSweep, KFoldSearch, kfold_indices, kfold_se
 from fasttransfer.teacher_cache import TeacherCache, TeacherCacheWriter, top_k_log_probs
 from fasttransfer.topk_kd import TopKKDLoss, topk_kd_loss
 from fasttransfer.transferability import leep, logme
+from fasttransfer.weight_maps import WeightMap
 
 _native.load()
 
@@ -42,6 +43,7 @@ __all__ = [
     "TeacherCache",
     "TeacherCacheWriter",
     "TopKKDLoss",
+    "WeightMap",
     "blend",
     "blend_",
     "blend_many",

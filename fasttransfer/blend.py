@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from fasttransfer.checks import (
 from fasttransfer.memory import overlaps_itself, written_once
 from fasttransfer.names import Collection, Labels, Tensors, by_name, collect, match
 from fasttransfer.ops.blend import BlendFunction, blend_inplace_op, blend_op
+from fasttransfer.products import Convolved, Product, as_convolved, as_product
 
 Coefficient = float | Tensor | Mapping[str, float | Tensor]
 Transform = Tensor | Callable[[Tensor], Tensor] | Mapping[str, Any] | None
@@ -51,9 +52,10 @@ def blend(
             ``{name pattern: alpha}`` for dicts and modules, the first matching glob pattern winning.
         source_scale: As alpha; None means ``1 - alpha``. ``alpha=1, source_scale=1`` is the plain sum.
         transform: What maps a source to the target's shape: None, a matrix ``[d_target, d_source]`` acting on the
-            last dimension (as ``F.linear``), a module or function of one tensor, or a mapping
-            ``{name pattern: transform}`` (a name that no pattern matches is not transformed). A matrix or a linear
-            layer is one GEMM with the blend (float32 and float64, alpha a number).
+            last dimension (as ``F.linear``), a module or function of one tensor (``LinearMap``, ``ConvMap``,
+            ``WeightMap``), or a mapping ``{name pattern: transform}`` (a name that no pattern matches is not
+            transformed). A matrix, a linear layer, a convolution of kernel size 1 and a ``WeightMap`` are one GEMM with
+            the blend (float32 and float64, alpha a number); the output of a larger convolution becomes the result.
 
     Returns:
         The same kind as ``target`` (a list for a list or tuple), in the targets' dtypes and with their strides'
@@ -206,7 +208,7 @@ class _Plan:
         self.targets: list[Tensor] = []
         self.rows: list[list[Tensor]] = []  # the sources of each target
         self.copies: list[tuple[Tensor, Tensor]] = []
-        self.products: dict[int, _Product] = {}  # of the targets that a matrix product computes, by position
+        self.products: dict[int, Product | Convolved] = {}  # of targets that are not for the op, by position
         for i, (name, t) in enumerate(self.given.tensors.items()):
             row = [column[i] for column in columns]
             integer = named and not t.dtype.is_floating_point and not t.dtype.is_complex
@@ -218,13 +220,17 @@ class _Plan:
                 self.targets.append(t)
                 self.rows.append(row)
                 if transforms[i] is not None:
-                    product = _as_product(transforms[i], row[0], t) if constant else None
+                    product: Product | Convolved | None = None
+                    if constant:
+                        product = as_product(transforms[i], row[0], t)
+                    if product is None:
+                        mapped = zip(row, others, strict=True)
+                        self.rows[-1] = [_mapped(transforms[i], s, t, other, name) for s, other in mapped]
+                        if constant:
+                            product = as_convolved(transforms[i], self.rows[-1][0], t)
                     if product is not None:
                         self.products[len(self.names) - 1] = product
-                        self.rows[-1] = [product.source, product.weight]
-                        continue
-                    mapped = zip(row, others, strict=True)
-                    self.rows[-1] = [_mapped(transforms[i], s, t, other, name) for s, other in mapped]
+                        self.rows[-1] = product.reads
         if not all_usable([*self.targets, *(s for row in self.rows for s in row)]):
             for name, t, row in zip(self.names, self.targets, self.rows, strict=True):
                 for found, x in zip((self.given, *others), (t, *row), strict=True):
@@ -297,67 +303,6 @@ class _Plan:
             # Buffers stay out of the graph: batch_norm takes no statistics that require grad.
             new = {name: t if name in self.parameters else t.detach() for name, t in new.items()}
         return {name: new[name] if name in new else t.clone() for name, t in self.given.tensors.items()}
-
-
-class _Product(NamedTuple):
-    """``alpha * target + scale * (source W^T + b)`` as one GEMM: the target is its accumulator, nothing is between."""
-
-    target: Tensor  # [..., d_target], contiguous
-    source: Tensor  # [..., d_source]
-    weight: Tensor  # [d_target, d_source]
-    bias: Tensor | None
-
-    def result(self, alpha: float, scale: float) -> Tensor:
-        """The blended tensor, differentiable."""
-        width, inner = self.weight.shape
-        flat = torch.addmm(
-            self.target.reshape(-1, width),
-            self.source.reshape(-1, inner),
-            self.weight.T,
-            beta=alpha,
-            alpha=scale,
-        )
-        if self.bias is not None:
-            flat = flat + scale * self.bias
-        return flat.reshape(self.target.shape)
-
-    def overwrite(self, alpha: float, scale: float) -> None:
-        """The target in place."""
-        width, inner = self.weight.shape
-        flat = self.target.view(-1, width)
-        flat.addmm_(self.source.reshape(-1, inner), self.weight.T, beta=alpha, alpha=scale)
-        if self.bias is not None:
-            flat.add_(self.bias, alpha=scale)
-
-
-def _as_product(transform: Any, source: Tensor, target: Tensor) -> _Product | None:
-    """A matrix or a linear layer for tensors of one dtype that a GEMM blends as exactly as the op would, else None.
-
-    Of 16 bits the product would be rounded before it is added.
-    """
-    if isinstance(transform, Tensor):
-        weight, bias = transform, None
-    elif (
-        isinstance(transform, nn.Linear)
-        and type(transform).forward is nn.Linear.forward
-        and not (transform._forward_hooks or transform._forward_pre_hooks)
-    ):
-        weight, bias = transform.weight, transform.bias
-    else:
-        return None
-    operands = [t for t in (target, source, weight, bias) if t is not None]
-    if not is_compiling() and len({t.untyped_storage().data_ptr() for t in operands}) < len(operands):
-        return None  # a GEMM cannot overwrite what it reads
-    fits = (
-        weight.dim() == 2
-        and source.dim() > 0
-        and target.is_contiguous()
-        and target.shape == (*source.shape[:-1], weight.shape[0])
-        and source.shape[-1] == weight.shape[1]
-        and target.dtype in (torch.float32, torch.float64)
-        and len({(t.dtype, t.device, t.layout) for t in operands}) == 1
-    )
-    return _Product(target, source, weight, bias) if fits else None
 
 
 def _mapped(transform: Any, source: Tensor, target: Tensor, other: Collection, name: str) -> Tensor:

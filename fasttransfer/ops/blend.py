@@ -208,18 +208,18 @@ def _dots(
     """``sum(upstream_i * sum_j coefs_j x_ij)`` of the target and the sources of each output; 0 of an unused one."""
     n, k = len(upstream), len(coefs) - 1
     counted = [j for j, c in enumerate(coefs) if c]
-    used = [i for i, g in enumerate(upstream) if g is not None]
-    if not used or not counted:
+    given = {i: g for i, g in enumerate(upstream) if g is not None}
+    if not given or not counted:
         return torch.zeros_like(like)
-    rows = [[tensors[i], *tensors[n + i * k : n + (i + 1) * k]] for i in used]
+    rows = [[tensors[i], *tensors[n + i * k : n + (i + 1) * k]] for i in given]
     args = (
-        [upstream[i] for i in used],
+        list(given.values()),
         [row[j] for row in rows for j in counted],
         [coefs[j] for j in counted],
     )
     twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
     dots = (_blend_dot if twice else blend_dot_op)(*args).to(like.dtype)
-    if len(used) == n:
+    if len(given) == n:
         return dots
-    found = dict(zip(used, dots.unbind(), strict=True))
+    found = dict(zip(given, dots.unbind(), strict=True))
     return torch.stack([found.get(i, torch.zeros_like(dots[0])) for i in range(n)])
