@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -12,8 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fasttransfer.blend import Coefficient, Transform, blend, blend_
+from fasttransfer.blend import Coefficient, Transform, blend
 from fasttransfer.checks import check_count, check_flag, check_number, shape
+from fasttransfer.line import ModelLine
 from fasttransfer.names import Tensors
 from fasttransfer.progress import progress_bar
 
@@ -75,8 +75,10 @@ def sweep_alpha(
         source: As in ``blend``; not modified.
         alphas: The numbers to try. Include 1, the target unchanged.
         evaluate: Takes what was blended and returns a number or a one-element tensor. For a module that is a copy of
-            ``target`` (in its train or eval mode, a new one for each alpha) with blended parameters and floating
-            buffers; else what ``blend`` returns, without a graph. It may do with it what it likes.
+            ``target`` (in its train or eval mode) with blended parameters and floating buffers: the same one for all
+            alphas, overwritten in one pass over the weights; clone what is to be kept. It may do with it what it likes:
+            parameters, buffers, layers, hooks and modes are put back before the next alpha. For tensors what ``blend``
+            returns, without a graph.
         source_scale: As in ``blend``.
         transform: As in ``blend``.
         maximize: Whether the highest score is the best (accuracy) or the lowest (loss).
@@ -95,18 +97,15 @@ def sweep_alpha(
     check_flag("maximize", maximize)
     target, source = _lasting(target), _lasting(source)
 
+    @torch.no_grad()
+    def blended(alpha: float) -> Any:
+        return blend(target, source, alpha, source_scale=source_scale, transform=transform)
+
+    at = ModelLine(target, source, source_scale, transform).at if isinstance(target, nn.Module) else blended
     scores = []
     with progress_bar(len(numbers), "sweep_alpha", progress) as bar:
         for alpha in numbers:
-            if isinstance(target, nn.Module):
-                # A new copy each time: whatever evaluate changes, modes, statistics or layers, ends with it.
-                blended = copy.deepcopy(target)
-                blend_(blended, source, alpha, source_scale=source_scale, transform=transform)
-            else:
-                with torch.no_grad():
-                    blended = blend(target, source, alpha, source_scale=source_scale, transform=transform)
-            scores.append(_score("evaluate must return", evaluate(blended)))
-            del blended  # before the next copy is made
+            scores.append(_score("evaluate must return", evaluate(at(alpha))))
             bar.advance()
     best = _best(scores, maximize)
     if best is None:

@@ -42,19 +42,34 @@ def models():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"source_scale": 0.5}, {"transform": {"head.weight": torch.eye(5)[[1, 0, 2, 4, 3]]}}]
+    "options",
+    [
+        {},
+        {"source_scale": 0.5},
+        {"source_scale": {"head.*": 1.0, "*": torch.tensor(-0.25)}},
+        {"transform": {"head.weight": torch.eye(5)[[1, 0, 2, 4, 3]]}},
+    ],
 )
 def test_each_alpha_is_evaluated_on_the_blended_module(backend, models, options):
     target, source = models
     before = values_of(target), values_of(source)
     seen = []
     alphas = [1.0, 0.25, 0.0]
-    found = sweep_alpha(target, source, alphas, lambda m: seen.append(m) or len(seen), **options)
-    for alpha, model in zip(alphas, seen, strict=True):
-        expected = blend(target, source, alpha, **options)
+
+    def evaluate(model):
         assert type(model) is Net
-        assert_same(values_of(model), {name: expected[name].detach() for name in before[0]})
         assert all(p.requires_grad and p.is_leaf for p in model.parameters())
+        seen.append(values_of(model))
+        return len(seen)
+
+    found = sweep_alpha(target, source, alphas, evaluate, **options)
+    for alpha, values in zip(alphas, seen, strict=True):
+        expected = blend(target, source, alpha, **options)
+        expected = {name: expected[name].detach() for name in before[0]}
+        if "transform" in options:  # blend fuses it, which rounds once less
+            torch.testing.assert_close(values, expected)
+        else:
+            assert_same(values, expected)
     assert found == (alphas, [1.0, 2.0, 3.0], 0.0, 3.0)
     assert_same(values_of(target), before[0])
     assert_same(values_of(source), before[1])
@@ -92,6 +107,59 @@ def test_nothing_leaks_into_the_next_alpha_or_the_models(models):
     assert_same(values_of(source), before[1])
     assert (target.head.weight.grad == 1).all()
     assert target.training
+
+
+@pytest.mark.parametrize("ruin", ["half", "data", "extra", "hook", "raises"])
+def test_whatever_evaluate_does(models, ruin):
+    """Memory that it exchanges, hooks and layers that it adds; and where it raises the models are as before."""
+    target, source = models
+    before, expected = (values_of(target), values_of(source)), blend(target, source, 0.5)
+    calls = []
+
+    def evaluate(model):
+        calls.append(list(map(str, model.children())))
+        assert calls[-1] == calls[0]
+        assert not model._forward_hooks
+        assert_same(values_of(model), {name: expected[name].detach() for name in before[0]})
+        if ruin == "half":
+            model.half()
+        elif ruin == "data":
+            model.head.weight.data = torch.zeros(3, 5)
+        elif ruin == "extra":
+            model.extra = nn.Linear(2, 2)
+            model.head.weight.detach().zero_()
+        elif ruin == "hook":
+            model.register_forward_hook(lambda *_: None)
+        else:
+            move(model)
+            raise RuntimeError("no score")
+        return 0.0
+
+    if ruin == "raises":
+        with pytest.raises(RuntimeError, match="no score"):
+            sweep_alpha(target, source, [0.5] * 3, evaluate)
+    else:
+        sweep_alpha(target, source, [0.5] * 3, evaluate)
+    assert_same(values_of(target), before[0])
+    assert_same(values_of(source), before[1])
+
+
+def test_one_copy_for_all_alphas(models):
+    """No deepcopy and no new memory after the first alpha; a transform is computed once."""
+    target, source = models
+    seen, mapped = [], []
+
+    def swap(weight):
+        mapped.append(weight)
+        return weight.flip(0)
+
+    def evaluate(model):
+        seen.append([id(model), *(t.data_ptr() for t in model.state_dict().values())])
+        return 0.0
+
+    sweep_alpha(target, source, [0.1, 0.5, 1.0], evaluate, transform={"head.weight": swap})
+    assert seen[0] == seen[1] == seen[2]
+    assert len(mapped) == 1
 
 
 def test_the_best_alpha_of_a_real_problem():
