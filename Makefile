@@ -1,4 +1,4 @@
-# make demo | examples | bench | bench-quick | test | lint | format | build | clean        ARGS="..." goes to the program that runs
+# make demo | examples | bench | bench-quick | test | docs | lint | format | build | clean   ARGS="..." goes to the program that runs
 # make cuda-check (compile the CUDA kernels, look at what came out; needs nvcc)    make gpu (everything that needs a GPU)
 #
 # Each target sets up what it needs on a fresh machine, in .venv, and only what changed since the last time.
@@ -12,6 +12,8 @@ WORKERS ?= 2
 EXAMPLES ?= $(wildcard examples/s[0-9]_*.py)
 
 ENV_STAMP := $(VENV)/.stamp-environment
+INTEGRATIONS_STAMP := $(VENV)/.stamp-integrations
+DOCS_STAMP := $(VENV)/.stamp-docs
 CONFIG_STAMP := $(VENV)/.stamp-config
 BUILD_STAMP := $(VENV)/.stamp-build
 
@@ -19,7 +21,7 @@ BUILD_STAMP := $(VENV)/.stamp-build
 NATIVE_SOURCES := $(shell find csrc 2>/dev/null) $(wildcard build_tools/*.py) setup.py pyproject.toml
 CXX_SOURCES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo examples bench bench-quick test lint format build cuda-check gpu clean FORCE
+.PHONY: help demo examples bench bench-quick test docs lint format build cuda-check gpu clean FORCE
 .SUFFIXES:
 
 help:
@@ -40,8 +42,13 @@ bench-quick: $(BUILD_STAMP)
 	@$(PY) -m benchmarks run --tag quick $(ARGS)
 
 # One file at a time per process: fixtures of a file are made once.
-test: $(BUILD_STAMP)
+test: $(BUILD_STAMP) $(INTEGRATIONS_STAMP)
 	@$(PY) -m pytest tests -n $(WORKERS) --dist loadfile $(ARGS)
+
+# The documentation site, into build/site. ARGS=serve: on localhost, rebuilt as files change.
+docs: ARGS = build --strict
+docs: $(BUILD_STAMP) $(DOCS_STAMP)
+	@$(PY) -m mkdocs $(ARGS)
 
 build: $(BUILD_STAMP)
 	@echo "fasttransfer is built and up to date"
@@ -81,6 +88,16 @@ $(PY):
 $(ENV_STAMP): requirements-dev.txt | $(PY)
 	@echo "== installing the packages of requirements-dev.txt (once; torch is the large one)"
 	@$(PY) -m pip install -qq --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+$(INTEGRATIONS_STAMP): requirements-integrations.txt $(ENV_STAMP)
+	@echo "== installing the packages of requirements-integrations.txt (once)"
+	@$(PY) -m pip install -qq --disable-pip-version-check -r requirements-integrations.txt
+	@touch $@
+
+$(DOCS_STAMP): requirements-docs.txt requirements-integrations.txt $(ENV_STAMP)
+	@echo "== installing the packages of requirements-docs.txt (once)"
+	@$(PY) -m pip install -qq --disable-pip-version-check -r requirements-docs.txt
 	@touch $@
 
 # What decides about the build beside the sources; rewritten only where it changed.

@@ -48,6 +48,26 @@ def evaluate(blended):
 def fit(strength, train, validation):
     yield strength
 """,
+    "blending.md": """
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU())
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+target, source, model, a, b, c, base, tuned_a, tuned_b = (Net() for _ in range(9))
+x, y = torch.randn(20, 6), torch.randint(3, (20,))
+narrow_features, wide_features = torch.randn(50, 16), torch.randn(50, 24)
+narrow_maps, wide_maps = torch.randn(4, 8, 5, 5), torch.randn(4, 12, 5, 5)
+narrow_layer, wide_layer = nn.Linear(8, 16), nn.Linear(12, 24)
+narrow_inputs, wide_inputs = torch.randn(50, 8), torch.randn(50, 12)
+
+def validate(model):
+    return (model(x).argmax(1) == y).float().mean().item()
+""",
     "distillation.md": """
 class Model(nn.Module):
     def __init__(self, width, vocabulary):
