@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import os
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fasttransfer import blend, blend_, blend_many, blend_many_
+from fasttransfer import EMA, blend, blend_, blend_many, blend_many_
+from fasttransfer.ops.blend import blend_dot_op
 from tests import oracle
 from tests.layouts import LAYOUTS, lay_out, surroundings_intact
 
@@ -299,3 +301,35 @@ def test_conv_weights_in_channels_last(backend):
     )
     blend_(convs[0], torch.nn.Conv2d(3, 8, 3), 0.0)
     assert convs[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_more_than_2_to_the_31_elements():
+    """Their places do not fit 32 bits. What nobody has written is one page of zeros: only the target takes memory."""
+    n = 2**31 + 5
+    try:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        free = 0
+    if free < 4 * n:
+        pytest.skip(f"needs {4 * n >> 30} GB of free memory")
+    target, source = (torch.empty(n, dtype=torch.bfloat16) for _ in range(2))
+    at = [0, 2**31 - 1, 2**31, n - 1]
+    target[at], source[at] = torch.tensor([[1.0, 3, 5, 7], [2.0, 5, 8, 11]]).bfloat16()
+    before = blend_dot_op([target], [target, source], [1.0, -1.0])
+    assert before.item() == -(1 * 1 + 3 * 2 + 5 * 3 + 7 * 4)
+    blend_(target, source, 0.5)
+    assert target[at].tolist() == [1.5, 4, 6.5, 9]
+
+
+def test_values_are_not_read_on_the_host():
+    """Where there are none to read: a call that needs one waits for the device, and no CUDA graph captures it."""
+    with torch.device("meta"):
+        t, s = [torch.empty(3), torch.empty(2, 2).bfloat16()], [torch.empty(3), torch.empty(2, 2)]
+        alpha = torch.empty((), requires_grad=True)
+        out = blend(t, s, alpha, source_scale=alpha)
+        assert [(x.shape, x.dtype) for x in out] == [(x.shape, x.dtype) for x in t]
+        assert torch.autograd.grad(out[0].sum() + out[1].float().sum(), alpha)[0].shape == ()
+        assert blend_(t, s, alpha.detach()) is t
+        assert blend_many_(t, [s, s], alpha.detach()) is t
+        model = torch.nn.BatchNorm1d(3)
+        EMA(model, capturable=True).update(model)
