@@ -111,9 +111,9 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"README.md: the speed table is of {path}")
 
 
-def write_block(name: str, text: str) -> None:
-    """Replace what is between the two markers of that name in README.md."""
-    path = ROOT / "README.md"
+def write_block(name: str, text: str, page: str = "README.md") -> None:
+    """Replace what is between the two markers of that name in a page."""
+    path = ROOT / page
     whole = path.read_text()
     first = whole.index("\n", whole.index(f"<!-- {name}:begin")) + 1
     last = whole.index(f"<!-- {name}:end -->")

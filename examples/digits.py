@@ -64,14 +64,19 @@ def split(seed: int) -> Digits:
 
 def in_target_domain(data: Split, seed: int) -> Split:
     """Rotated by 15 degrees, with Gaussian noise of standard deviation 0.25, cut to [0, 1]."""
-    angle = math.radians(DEGREES)
-    turn = torch.tensor(
-        [[math.cos(angle), -math.sin(angle), 0.0], [math.sin(angle), math.cos(angle), 0.0]]
-    ).expand(len(data.labels), 2, 3)
-    grid = F.affine_grid(turn, list(data.images.shape), align_corners=False)
-    images = F.grid_sample(data.images, grid, align_corners=False)
+    images = turned(data.images, DEGREES)
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
     return Split((images + NOISE * noise).clamp(0, 1), data.labels)
+
+
+def turned(images: Tensor, degrees: float) -> Tensor:
+    """Images [N, 1, H, W] rotated about their centre, by bilinear interpolation."""
+    angle = math.radians(degrees)
+    turn = torch.tensor(
+        [[math.cos(angle), -math.sin(angle), 0.0], [math.sin(angle), math.cos(angle), 0.0]]
+    ).expand(len(images), 2, 3)
+    grid = F.affine_grid(turn, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, align_corners=False)
 
 
 def few_labels(data: Split, per_class: int, seed: int, wrong: float = 0.0) -> Split:

@@ -7,11 +7,14 @@ out. To add one, write the module and add its `PART` to the list in examples/dem
 from __future__ import annotations
 
 import argparse
+import json
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console, RenderableType
 from rich.progress import Progress
 from rich.text import Text
@@ -61,12 +64,21 @@ def run_alone(part: Part, arguments: list[str] | None = None) -> int:
     """The command line of a single example; 1 if a control misbehaves."""
     parser = argparse.ArgumentParser(description=part.title)
     parser.add_argument("--quick", action="store_true", help="a short form: fewer seeds or rounds")
-    quick = parser.parse_args(arguments).quick
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write the results there as JSON")
+    options = parser.parse_args(arguments)
+    quick = options.quick
     console = console_of_width()
     with one_progress(console) as display:
         reporter = Reporter(display, part.title, part.units(quick))
         outcome = part.run(quick, reporter)
         reporter.say("done")
+    if options.save:
+        saved = {
+            "machine": platform.processor() or platform.machine(),
+            "torch": torch.__version__,
+            "quick": quick,
+        }
+        options.save.write_text(json.dumps(saved | {"results": outcome.results}, indent=1) + "\n")
     return report(outcome, console)
 
 

@@ -1,8 +1,9 @@
-"""Writes the results table of the README from a committed run of the demo.
+"""Writes the results table of the README from a committed run of the demo, and that of docs/choosing.md from S9.
 
 Run it:  python -m examples.demo && cp demo/results.json examples/results/NAME.json && python -m examples.readme
+         python -m examples.s9_choosing_a_source --save examples/results/choosing-a-source.json
 
-Everything between the two `demo` markers of README.md is replaced; nothing there is typed by hand.
+Everything between the two markers of a table is replaced; nothing there is typed by hand.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from benchmarks.readme import write_block
 from examples import s3_distillation as s3
 from examples import s6_fusion as s6
 from examples import s8_cross_domain as s8
+from examples import s9_choosing_a_source as s9
 from examples.seeds import verdict
 from examples.tables import plus_minus
 
-RESULT = Path(__file__).resolve().parent / "results" / "cpu-epyc-2core.json"
+RESULTS = Path(__file__).resolve().parent / "results"
+RESULT, CHOICE = RESULTS / "cpu-epyc-2core.json", RESULTS / "choosing-a-source.json"
 
 # Which rows, and compared with what. The whole tables are in the report of the demo.
 CHOSEN = {
@@ -68,12 +71,21 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def choice() -> str:
+    """The tables of docs/choosing.md, of the committed run."""
+    saved = json.loads(CHOICE.read_text())
+    seeds = len(saved["results"]["sources"])
+    about = f"Mean ± standard deviation over {seeds} seeds; {saved['machine']}, torch {saved['torch']}."
+    return f"{s9.markdown(saved['results'])}\n\n{about}"
+
+
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m examples.readme", description=__doc__.partition("\n")[0])
     parser.add_argument("result", nargs="?", type=Path, default=RESULT)
     options = parser.parse_args(arguments)
     write_block("demo", table(json.loads(options.result.read_text())))
+    write_block("choosing", choice(), "docs/choosing.md")
 
 
 if __name__ == "__main__":

@@ -91,6 +91,19 @@ flat_student_logits = torch.randn(30, 20, requires_grad=True)
 student_features, teacher_features = torch.randn(2, 5, student_width), torch.randn(2, 5, teacher_width)
 attention_mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
 """,
+    "choosing.md": """
+class Source(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.neck, self.head = nn.Linear(5, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.neck(x))
+
+sources = {"a": Source(), "b": Source()}
+source, images, labels = sources["a"], torch.randn(30, 5), torch.arange(30) % 3
+loader = [(images, labels)]
+""",
 }
 NEEDS = {"distillation.md": "safetensors", "blending.md": "safetensors"}
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

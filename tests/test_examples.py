@@ -15,6 +15,7 @@ from rich.console import Console
 
 from examples import (
     digits,
+    readme,
     s1_fine_tuning,
     s2_feature_extraction,
     s3_distillation,
@@ -23,12 +24,14 @@ from examples import (
     s6_fusion,
     s7_adaptive,
     s8_cross_domain,
+    s9_choosing_a_source,
 )
 from examples.digits import Split, all_digits, few_labels, in_target_domain, split
 from examples.s5_model_mapping import narrow_cnn
 from examples.seeds import mean_and_spread, paired, points, summary, verdict
 from examples.tables import comparison
 from examples.training import new_cnn, pretrained_cnn
+from fasttransfer import logme
 
 EXAMPLES = sorted(path.stem for path in Path(s5_model_mapping.__file__).parent.glob("s[0-9]_*.py"))
 
@@ -353,3 +356,18 @@ def test_cross_domain_fails_if_nothing_is_blended(one_seed):
         alpha_by_cross_validation=lambda pretrained, data, seed: 0.5,
     ).failures
     assert len(failures) == 2
+
+
+def test_choosing_fails_by_a_score_that_is_backwards(one_seed):
+    outcome = one_seed(
+        s9_choosing_a_source,
+        TARGETS=s9_choosing_a_source.TARGETS[:1],
+        logme=lambda features, labels: -logme(features, labels),
+    )
+    assert any("'LogME' ranks" in line for line in outcome.failures)
+    assert not any("'LEEP' ranks" in line for line in outcome.failures)
+
+
+def test_the_page_on_choosing_shows_the_committed_run():
+    page = (Path(__file__).parent.parent / "docs/choosing.md").read_text()
+    assert readme.choice() in page

@@ -37,7 +37,7 @@ class Sanitizer:
 ASAN = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 SANITIZERS = {
     "plain": Sanitizer(("-O1", "-DFT_SIMT_COUNT"), ()),
-    "asan": Sanitizer(("-O1", "-DFT_SIMT_ASAN", *ASAN), ()),
+    "asan": Sanitizer(("-O1", "-DFT_SIMT_COUNT", "-DFT_SIMT_ASAN", *ASAN), ()),
     # GCC's TSan does not follow a struct passed by value to a call: functions of kernels are always inlined.
     "tsan": Sanitizer(("-O1", "-DFT_SIMT_TSAN"), ("-fsanitize=thread",)),
 }
