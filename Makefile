@@ -48,7 +48,7 @@ test: $(BUILD_STAMP) $(INTEGRATIONS_STAMP)
 # The documentation site, into build/site. ARGS=serve: on localhost, rebuilt as files change.
 docs: ARGS = build --strict
 docs: $(BUILD_STAMP) $(DOCS_STAMP)
-	@$(PY) -m mkdocs $(ARGS)
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs $(ARGS)
 
 build: $(BUILD_STAMP)
 	@echo "fasttransfer is built and up to date"

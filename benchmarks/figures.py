@@ -15,7 +15,7 @@ BUSY = 0.15  # cores; above it the figures are marked as those of a shared machi
 def duration(seconds: float) -> str:
     """Three significant digits in the unit that suits."""
     for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if seconds >= scale:
+        if seconds >= 0.9995 * scale:  # what rounds to 1000 of a unit is 1 of the next
             return f"{seconds / scale:.3g} {unit}"
     return f"{seconds / 1e-9:.3g} ns"
 
