@@ -19,7 +19,7 @@ def _check_options(
         check_number("target_weight", target_weight, 0),
         check_number("nontarget_weight", nontarget_weight, 0),
     )
-    checked = check_options(label_weight, *options)
+    checked = check_options(check_number("label_weight", label_weight, 0, 1), *options)
     return checked._replace(divergence="decoupled", divergence_args=weights)
 
 

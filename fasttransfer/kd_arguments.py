@@ -58,6 +58,11 @@ class Options(NamedTuple):
 
 _PLAIN = ("forward_kl", (), False, (0.0, 0.0), False, None)
 
+_BINARY = (
+    "A binary head with one logit z is the two logits [0, z]: pass torch.cat([torch.zeros_like(z), z], -1) on both "
+    "sides"
+)
+
 
 def check_options(
     label_weight: float | None,
@@ -83,6 +88,8 @@ def check_options(
         isinstance(vocab_size, bool) or not isinstance(vocab_size, (int, torch.SymInt))
     ):
         raise TypeError(f"vocab_size must be an int or None, got {vocab_size!r}")
+    if isinstance(vocab_size, int) and vocab_size < 2:
+        raise ValueError(f"vocab_size must be at least 2, got {vocab_size}: {_BINARY}")
     check_group(group, inplace)
     return Options(
         label_weight,
@@ -153,16 +160,13 @@ def check_columns(
                 "on the first columns and the rest is padding, pass vocab_size="
             )
         vocab_size = width
-    elif not 0 < vocab_size <= min(width, teacher_width):
+    elif not vocab_size <= min(width, teacher_width):
         raise ValueError(
             f"vocab_size must be between 2 and the smaller width, got {vocab_size} for {width} columns of "
             f"{names[0]} and {teacher_width} of {names[1]}"
         )
     if vocab_size < 2:
-        raise ValueError(
-            f"softmax over {vocab_size} column(s) says nothing. A binary head with one logit z is the two logits "
-            "[0, z]: pass torch.cat([torch.zeros_like(z), z], -1) on both sides"
-        )
+        raise ValueError(f"softmax over {vocab_size} column(s) says nothing. {_BINARY}")
     return vocab_size
 
 

@@ -99,9 +99,9 @@ VALUE_ERRORS = {
         {"student_logits": cpu(3, 1), "teacher_logits": cpu(3, 1)},
     ),
     "no column": ("0 column", {"student_logits": cpu(3, 0), "teacher_logits": cpu(3, 0)}),
-    "vocab_size 1": (r"1 column.*two logits.*\[0, z\]", {"vocab_size": 1}),
-    "vocab_size 0": ("vocab_size must be between 2 .* got 0 .*9 columns", {"vocab_size": 0}),
-    "vocab_size negative": ("vocab_size must be between 2 .* got -1", {"vocab_size": -1}),
+    "vocab_size 1": (r"at least 2, got 1.*two logits.*\[0, z\]", {"vocab_size": 1}),
+    "vocab_size 0": ("vocab_size must be at least 2, got 0", {"vocab_size": 0}),
+    "vocab_size negative": ("vocab_size must be at least 2, got -1", {"vocab_size": -1}),
     "vocab_size too large": ("vocab_size must be between 2 .* got 10 .*9 columns", {"vocab_size": 10}),
     "another device": (
         "teacher_logits is on meta, student_logits on cpu",

@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 
-from fasttransfer import KDLoss, kd_loss
+from fasttransfer import DecoupledKDLoss, KDLoss, LinearKDLoss, TopKKDLoss, kd_loss
 
 
 @pytest.fixture
@@ -81,6 +81,14 @@ def test_copies(batch, copied):
     criterion = KDLoss(temperature=3.0, label_weight=0.3, label_smoothing=0.1, ignored_rows="distill")
     assert repr(copied(criterion)) == repr(criterion)
     assert torch.equal(copied(criterion)(s, t, labels), criterion(s, t, labels))
+
+
+def test_what_no_call_could_take_is_refused_when_it_is_made():
+    for make in (KDLoss, TopKKDLoss, LinearKDLoss):
+        with pytest.raises(ValueError, match="vocab_size must be at least 2, got 1"):
+            make(vocab_size=1)
+    with pytest.raises(TypeError, match="label_weight must be a number"):
+        DecoupledKDLoss(label_weight=None)
 
 
 def test_saved_with_a_model(batch):

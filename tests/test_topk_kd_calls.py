@@ -154,7 +154,7 @@ REFUSED = {
     "index too large": (ValueError, r"in \[0, 8\).* got 8 at index \[1, 1\]", {"vocab_size": 8}),
     "index below -1": (ValueError, r"got -2 at index \[0, 1\]", {"teacher_indices": INDICES - torch.tensor([0, 3])}),
     "vocab_size": (ValueError, "between 2 and 9", {"vocab_size": 10}),
-    "one column": (ValueError, "1 column", {"vocab_size": 1}),
+    "one column": (ValueError, "at least 2, got 1", {"vocab_size": 1}),
     "form": (ValueError, "teacher_form must be one of 'logits', 'log_probs', got 'probs'", {"teacher_form": "probs"}),
     "tail": (ValueError, "tail must be one of .*, got 'drop'", {"tail": "drop"}),
     "mass of logits": (ValueError, "tail='zero' needs teacher_form='log_probs'", {"tail": "zero"}),
