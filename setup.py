@@ -7,6 +7,7 @@ Metadata is in pyproject.toml. The environment decides what is compiled:
     TORCH_CUDA_ARCH_LIST           the GPUs to compile them for, as torch reads it ("8.0;9.0+PTX"); default: all
     CUDA_HOME                      where nvcc is
     FASTTRANSFER_DEBUG=1           -O1 -g, symbols kept
+    FASTTRANSFER_LOCAL_VERSION=cu128  the version is 0.1.0+cu128: a wheel that differs from the one on PyPI says so
     CXX, MAX_JOBS                  the compiler, and how many of it run at once
 
 What was decided, and why, goes to stderr and into `fasttransfer/_build.json`, where
@@ -28,7 +29,7 @@ sys.path.insert(0, str(ROOT))  # build front ends run this file without its fold
 
 from build_tools import compile as native  # noqa: E402
 from build_tools import compile_cuda as cuda  # noqa: E402
-from build_tools.decide import BuildError, decide, describe  # noqa: E402
+from build_tools.decide import BuildError, decide, describe, local_version  # noqa: E402
 from build_tools.ninja_file import install, jobs  # noqa: E402
 
 PACKAGE = ROOT / "fasttransfer"
@@ -89,7 +90,8 @@ class BuildRecord(Command):
             for pattern, wanted in (("_C.*.so", PLAN.native.build), (cuda.NAME, PLAN.cuda.build)):
                 for stale in PACKAGE.glob(pattern) if not wanted else ():
                     stale.unlink()
-        record = PLAN.record(self.distribution.get_version())
+        version = self.distribution.get_version().partition("+")[0]  # egg_info, later, appends the local part
+        record = PLAN.record(version + LOCAL_VERSION)
         target = Path(self.get_outputs()[0])
         target.write_text(json.dumps(record, indent=2) + "\n")
         print(describe(record), file=sys.stderr)
@@ -107,6 +109,7 @@ class BuildRecord(Command):
 
 try:
     PLAN = decide(os.environ, ROOT)
+    LOCAL_VERSION = local_version(os.environ)
     jobs(os.environ)  # a bad MAX_JOBS is said before anything is built
 except BuildError as error:
     raise SystemExit(f"error: {error}") from None
@@ -119,5 +122,6 @@ EXTENSIONS = [
 
 setup(
     ext_modules=EXTENSIONS,
+    options={"egg_info": {"tag_build": LOCAL_VERSION}},
     cmdclass={"build": Build, "build_ext": BuildNative, "build_record": BuildRecord},
 )

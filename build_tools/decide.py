@@ -6,6 +6,7 @@ that each outcome has a test without a machine to match.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,17 @@ def read_choice(environ: Mapping[str, str], name: str) -> str:
             "1 (build it or fail), 0 (do not build it)."
         )
     return value
+
+
+def local_version(environ: Mapping[str, str]) -> str:
+    """What `FASTTRANSFER_LOCAL_VERSION` appends to the version, with its plus sign; nothing where it is not set."""
+    value = environ.get("FASTTRANSFER_LOCAL_VERSION", "").strip()
+    if value and not re.fullmatch(r"[a-z0-9]+(\.[a-z0-9]+)*", value):
+        raise BuildError(
+            f"FASTTRANSFER_LOCAL_VERSION={value!r} is not understood. Accepted: small letters and digits, with single "
+            "dots between them, such as cu128."
+        )
+    return f"+{value}" if value else ""
 
 
 def decide_native(requested: str, facts: Facts) -> Decision:

@@ -27,6 +27,8 @@ from fasttransfer.weight_maps import WeightMap
 
 _native.load()
 
+__version__ = _native.version()
+
 __all__ = [
     "EMA",
     "L2SP",

@@ -186,6 +186,11 @@ def use_backend(backend: str) -> Iterator[None]:
         force_reference(before)
 
 
+def version() -> str:
+    """That of the build: ``fasttransfer.__version__``."""
+    return str(_record().get("version", "unknown"))
+
+
 def build_info() -> dict[str, Any]:
     """What is active in this process, and why what is not active is not. For bug reports.
 
@@ -197,7 +202,7 @@ def build_info() -> dict[str, Any]:
     """
     record = _record()
     return {
-        "version": record.get("version", "unknown"),
+        "version": version(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -16,7 +16,7 @@ import pytest
 
 import fasttransfer
 from build_tools import compile as native
-from build_tools import decide, probe, weak_symbols
+from build_tools import decide, probe, release, weak_symbols
 from build_tools.decide import BuildError, Plan
 from build_tools.ninja_file import jobs
 from build_tools.nvcc import Nvcc
@@ -246,3 +246,54 @@ def test_import_says_that_the_native_part_is_missing(requested, warns, tmp_path)
     done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, check=True)
     assert done.stdout.startswith(str(tmp_path))
     assert ("no C++ compiler was found" in done.stderr) is warns, done.stderr
+
+
+# ------------------------------------------------------------------------------------------------- version
+
+
+@pytest.mark.parametrize(
+    "given, appended", [("", ""), ("cu128", "+cu128"), ("cu128.torch2", "+cu128.torch2")]
+)
+def test_local_version(given, appended):
+    assert decide.local_version({"FASTTRANSFER_LOCAL_VERSION": given}) == appended
+
+
+@pytest.mark.parametrize("given", ["+cu128", "cu_128", "cu..1", "CU128"])
+def test_bad_local_version(given):
+    with pytest.raises(BuildError, match="FASTTRANSFER_LOCAL_VERSION"):
+        decide.local_version({"FASTTRANSFER_LOCAL_VERSION": given})
+
+
+def test_one_version():
+    assert fasttransfer.__version__ == fasttransfer.build_info()["version"] == installed_record()["version"]
+    assert fasttransfer.__version__.partition("+")[0] == release.version_of(
+        (ROOT / "pyproject.toml").read_text()
+    )
+
+
+@pytest.mark.parametrize(
+    "tag, heading, said",
+    [
+        ("v1.2.0", "## [1.2.0] - 2026-01-31", []),
+        ("v1.2.0", "## [Unreleased]\n\n## [1.2.0] - 2026-01-31\n\n## [1.1.0] - 2025-01-31", []),
+        ("v1.2.1", "## [1.2.0] - 2026-01-31", ["pyproject.toml has 1.2.0"]),
+        ("1.2.0", "## [1.2.0] - 2026-01-31", ["v1.2.0 is expected"]),
+        ("v1.2.0", "## [Unreleased]", ["CHANGELOG.md is none"]),
+        ("v1.2.0", "## [1.2.0]", ["no date"]),
+        ("v2", "## [1.1.0] - 2026-01-31", ["tag is v2", "CHANGELOG.md is 1.1.0"]),
+    ],
+)
+def test_a_tag_is_the_version(tag, heading, said):
+    found = release.problems(tag, 'version = "1.2.0"', f"# Changelog\n\n{heading}\n")
+    assert len(found) == len(said)
+    assert all(part in problem for part, problem in zip(said, found, strict=True))
+
+
+def test_the_changelog_has_the_form_that_a_release_needs():
+    text = (ROOT / "CHANGELOG.md").read_text()
+    headings = [line for line in text.splitlines() if line.startswith("## ")]
+    assert headings[0] == "## [Unreleased]"
+    dated = release.problems(
+        "v9.9.9", 'version = "9.9.9"', text.replace(headings[0], "## [9.9.9] - 2026-01-31")
+    )
+    assert not dated
