@@ -51,6 +51,7 @@ struct Multiplied {
 template <class F, bool kAround, bool kFirst, int kCount, class Sink>
 FT_HD void blend_block(const F* base, F base_coef, const F* sum, const F* const* x, const F* coef, Sink& sink,
                        int64_t n) {
+  Sink own = sink;  // in registers: what it points to may not be it
   for_each_vector<F>(n, [&](int64_t i, auto mem) __attribute__((always_inline)) {
     prefetch(base + i + kAhead<F>);
     const Vec<F> b = mem.load(base + i);
@@ -61,8 +62,9 @@ FT_HD void blend_block(const F* base, F base_coef, const F* sum, const F* const*
       prefetch(x[j] + i + kAhead<F>);
       total += term<F, kAround>(mem.load(x[j] + i), b, coef[j]);
     }
-    sink.take(i, mem, total);
+    own.take(i, mem, total);
   });
+  sink = own;
 }
 
 template <class F, bool kAround, bool kFirst, class Sink>
@@ -85,8 +87,8 @@ FT_HD void blend_block(int count, const F* base, F base_coef, const F* sum, cons
 
 // Result: how often a sum around its base holds that base, its sink for a block, what it does with it afterwards.
 template <class F, bool kAround, class Result>
-FT_HD void blend_blocks(const BlendSum& run, Result& result) {
-  Buffer<F> base_buffer, x_buffers[kGroup], sum_buffer;
+void blend_blocks(const BlendSum& run, Result& result) {
+  Buffer<F> base_buffer, x_buffers[kGroup], sum_buffer, buffer;
   bool direct = run.count - 1 <= kGroup && result.direct();
   for (int j = 0; j < run.count; ++j) direct = direct && is_type<F>(run.terms[j].dtype);
   const int64_t block = direct ? run.n : kBlock, end = run.begin + run.n;
@@ -94,7 +96,7 @@ FT_HD void blend_blocks(const BlendSum& run, Result& result) {
     const int64_t n = end - begin < block ? end - begin : block;
     const F* base = read_block<F>(run.terms[0].dtype, run.terms[0].data, begin, n, base_buffer);
     const F base_coef = kAround ? Result::kOfBase : F(run.terms[0].coef);
-    auto last = result.sink(begin, n);
+    auto last = result.sink(begin, n, buffer);
     const F* sum = nullptr;  // of the groups before, in the L1 cache
     int first = 1;
     do {
@@ -123,7 +125,7 @@ FT_HD void blend_blocks(const BlendSum& run, Result& result) {
         add_to(last);
       }
     } while (first < run.count);
-    result.take(last, begin, n);
+    result.take(last, begin, n, buffer);
   }
 }
 
@@ -131,11 +133,11 @@ template <class F>
 struct BlendResult {
   static constexpr F kOfBase = 1;
   const BlendRun& run;
-  Buffer<F> buffer;
-  FT_HD explicit BlendResult(const BlendRun& r) : run(r) {}
   FT_HD bool direct() const { return is_type<F>(run.out_dtype); }
-  FT_HD Stored<F> sink(int64_t begin, int64_t) { return {result_block<F>(run.out_dtype, run.out, begin, buffer)}; }
-  FT_HD void take(const Stored<F>&, int64_t begin, int64_t n) {
+  FT_HD Stored<F> sink(int64_t begin, int64_t, Buffer<F>& buffer) {
+    return {result_block<F>(run.out_dtype, run.out, begin, buffer)};
+  }
+  FT_HD void take(const Stored<F>&, int64_t begin, int64_t n, const Buffer<F>& buffer) {
     write_block<F>(run.out_dtype, run.out, begin, n, buffer);
   }
 };
@@ -145,24 +147,22 @@ struct BlendDot {
   static constexpr F kOfBase = 0;
   const BlendDotRun& run;
   double total = 0;
-  Buffer<F> buffer;
-  FT_HD explicit BlendDot(const BlendDotRun& r) : run(r) {}
   FT_HD bool direct() const { return is_type<F>(run.with_dtype); }
-  FT_HD Multiplied<F> sink(int64_t begin, int64_t n) {
+  FT_HD Multiplied<F> sink(int64_t begin, int64_t n, Buffer<F>& buffer) {
     return {read_block<F>(run.with_dtype, run.with, begin, n, buffer)};
   }
-  FT_HD void take(Multiplied<F>& sink, int64_t, int64_t) { total += sink.products.total(); }
+  FT_HD void take(Multiplied<F>& sink, int64_t, int64_t, const Buffer<F>&) { total += sink.products.total(); }
 };
 
 template <class F>
 void blend_run(const BlendRun& run) {
-  BlendResult<F> result(run);
+  BlendResult<F> result{run};
   run.around ? blend_blocks<F, true>(run, result) : blend_blocks<F, false>(run, result);
 }
 
 template <class F>
 double blend_dot_run(const BlendDotRun& run) {
-  BlendDot<F> dot(run);
+  BlendDot<F> dot{run};
   run.around ? blend_blocks<F, true>(run, dot) : blend_blocks<F, false>(run, dot);
   return dot.total;
 }
