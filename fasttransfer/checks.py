@@ -91,6 +91,22 @@ def check_flag(name: str, value: Any) -> bool:
     return value
 
 
+def check_device(name: str, value: Any) -> torch.device | None:
+    """Return ``value``, None or what names a device, as one; raise unless tensors can be kept there."""
+    if value is None or isinstance(value, torch.device):
+        device = value
+    elif isinstance(value, (str, int)) and not isinstance(value, bool):
+        try:
+            device = torch.device(value)
+        except RuntimeError as error:
+            raise ValueError(f"{name} must name a device, got {value!r}") from error
+    else:
+        raise TypeError(f"{name} must be a device, its name or None, got {_kind(value)}")
+    if device is not None and device.type == "meta":
+        raise ValueError(f"{name} must be a device that holds values, got {device}")
+    return device
+
+
 def check_group(group: Any, inplace: bool) -> None:
     """Of the option ``group``: a process group that this rank is in, or None."""
     if group is None:

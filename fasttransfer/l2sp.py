@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from fasttransfer.checks import (
     shape,
     values_visible,
 )
+from fasttransfer.l2sp_stream import StreamedL2SPFunction, blocks, streamed_value, total, untraced
 from fasttransfer.memory import written_once
 from fasttransfer.names import Collection, Tensors, collect, match
 from fasttransfer.ops.blend import blend_inplace_op
@@ -120,6 +121,7 @@ class Selection(NamedTuple):
     start: list[Tensor | None]
     strength: list[float]
     importance: list[Tensor | None]  # one each, or none at all
+    away: bool = False  # whether start points or importances are on another device than the parameters
 
     def trained(self) -> Selection:
         """Without what is frozen."""
@@ -133,7 +135,14 @@ class Selection(NamedTuple):
             [x for x, keep in zip(column, kept, strict=True) if keep] if column else []
             for column in (self.names, self.params, self.start, self.strength, self.importance)
         )
-        return Selection(names, self.label, params, start, strength, importance)  # type: ignore[arg-type]
+        return Selection(names, self.label, params, start, strength, importance, self.away)  # type: ignore[arg-type]
+
+    def here(self) -> Iterable[tuple[slice, list[Tensor | None], list[Tensor | None]]]:
+        """Runs of the list with their start points and importances on the parameters' device, until the next."""
+        if not (self.away and self.params):
+            return [(slice(None), self.start, self.importance)]
+        runs = blocks(self.params, self.start, self.importance)
+        return ((run, start, importance) for run, (start, importance) in runs)
 
 
 def _check_pairs(
@@ -171,18 +180,21 @@ def _check_importance(given: Collection, found: Collection) -> list[Tensor | Non
 
 def penalty_of(selected: Selection) -> Tensor:
     """The penalty of a selection, differentiable."""
-    params, start, strength, importance = selected[2:]
+    params, start, strength, importance, away = selected[2:]
     if not params:
         return torch.zeros(())
     if hides_gradient(params) or (torch.is_grad_enabled() and any(p.requires_grad for p in params)):
+        if away:
+            return untraced(StreamedL2SPFunction.apply, start, strength, importance, *params)
         return L2SPFunction.apply(start, strength, importance, *params)
-    return l2sp_value_op(params, start, strength, importance)
+    lists = params, start, strength, importance
+    return untraced(streamed_value, *lists) if away else l2sp_value_op(*lists)
 
 
 @torch.no_grad()
 def add_grad_of_(selected: Selection, grad_scale: float | Tensor | None) -> Tensor:
     """Its gradient, added to the parameters'."""
-    params, start, strength, importance = selected[2:]
+    params, start, importance = selected.params, selected.start, selected.importance
     if isinstance(grad_scale, Tensor):
         check_tensor("grad_scale", grad_scale)
         if grad_scale.numel() != 1:
@@ -215,11 +227,26 @@ def add_grad_of_(selected: Selection, grad_scale: float | Tensor | None) -> Tens
         columns = [params, start, importance] if importance else [params, start]
         read = [[t for t in row if t is not None] for row in zip(*columns, strict=True)]
         written_once(labels, grads, read, [object() for _ in labels])
-    value = l2sp_add_grad_op(params, start, grads, strength, importance, accumulate, scale, scale_tensor)
+    given = selected, grads, accumulate, scale, scale_tensor
+    value = untraced(_add_grad_, *given) if selected.away else _add_grad_(*given)
     for p, g, had in zip(params, grads, accumulate, strict=True):
         if not had:
             p.grad = g
     return value
+
+
+def _add_grad_(
+    selected: Selection,
+    grads: list[Tensor],
+    accumulate: list[int],
+    scale: float,
+    scale_tensor: Tensor | None,
+) -> Tensor:
+    values = []
+    for run, start, importance in selected.here():
+        rows = selected.params[run], start, grads[run], selected.strength[run], importance, accumulate[run]
+        values.append(l2sp_add_grad_op(*rows, scale, scale_tensor))
+    return total(values)
 
 
 @torch.no_grad()
@@ -232,19 +259,32 @@ def prox_of_(selected: Selection, lr: float | Sequence[float]) -> None:
         written_once(labels, selected.params, rows, [object() for _ in labels])
     sizes = [lr] * len(selected.params) if isinstance(lr, float) else list(lr)
     steps = [2 * size * weight for size, weight in zip(sizes, selected.strength, strict=True)]
-    weighed = [f is not None for f in selected.importance] or [False] * len(steps)
+    if selected.away:
+        return untraced(_prox_, selected, steps)
+    _prox_(selected, steps)
+
+
+def _prox_(selected: Selection, steps: list[float]) -> None:
+    for run, start, importance in selected.here():
+        _prox_run_(selected.params[run], start, importance, steps[run])
+
+
+def _prox_run_(
+    params: list[Tensor], start: list[Tensor | None], importance: list[Tensor | None], steps: list[float]
+) -> None:
+    weighed = [f is not None for f in importance] or [False] * len(steps)
     for has_start in (True, False):
-        chosen = [
-            i for i, p0 in enumerate(selected.start) if (p0 is not None) == has_start and not weighed[i]
-        ]
+        chosen = [i for i, p0 in enumerate(start) if (p0 is not None) == has_start and not weighed[i]]
         if chosen:
-            params, kept = [selected.params[i] for i in chosen], [1 / (1 + steps[i]) for i in chosen]
-            start: Any = [selected.start[i] for i in chosen] if has_start else params
-            blend_inplace_op(params, start, kept, None, [] if has_start else [0.0] * len(params), None, [1.0])
-    for i, (p, p0) in enumerate(zip(selected.params, selected.start, strict=True)):
+            targets, kept = [params[i] for i in chosen], [1 / (1 + steps[i]) for i in chosen]
+            sources: Any = [start[i] for i in chosen] if has_start else targets
+            blend_inplace_op(
+                targets, sources, kept, None, [] if has_start else [0.0] * len(kept), None, [1.0]
+            )
+    for i, (p, p0) in enumerate(zip(params, start, strict=True)):
         if weighed[i]:
             # Element by element: of h F/(1 + h F), which stays below 1, to the start point.
-            f = selected.importance[i]
+            f = importance[i]
             assert f is not None
             dtype = compute_dtype(p, p0, f)
             share = 1 - 1 / (1 + steps[i] * f.to(dtype))

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fasttransfer.checks import FLOATS, check_choice, check_number, check_tensor, shape, values_visible
+from fasttransfer.checks import (
+    FLOATS,
+    check_choice,
+    check_device,
+    check_number,
+    check_tensor,
+    shape,
+    values_visible,
+)
 from fasttransfer.l2sp import Selection, add_grad_of_, penalty_of, prox_of_
+from fasttransfer.l2sp_file import StartFile
 from fasttransfer.names import by_name, check_patterns, collect, matches
 from fasttransfer.ops.l2sp import difference
-from fasttransfer.tensor_tree import TensorTree, split_name
+from fasttransfer.tensor_tree import TensorTree, split_name, tree_of
 
 
 class L2SP(nn.Module):
@@ -33,17 +43,29 @@ class L2SP(nn.Module):
         importance: F by parameter name, such as ``fisher_importance`` gives: what is missing there is weighed by 1.
             Cloned, part of the ``state_dict``.
         start: None: the parameters as they are now. Or a state dict or a module, matched by name and shape: a
-            parameter that is missing there, or has another shape there (a replaced head), is a new one.
+            parameter that is missing there, or has another shape there (a replaced head), is a new one. Or the path
+            of a safetensors file, an index, or a directory that holds either (extra ``checkpoints``), matched
+            likewise: nothing is kept in memory, the files' pages are read when they are used, in the files' dtypes.
+            The ``state_dict`` then has the path in place of start points, ``.to()`` has nothing to move, and the
+            files must stay as they are. ``torch.compile`` breaks the graph there.
         new: Names or glob pattern(s) of parameters that are new ones whatever ``start`` has under their names: a
             replaced head of the old shape, or one in a snapshot. What ``replace_head`` returns will do. All of them
             may be new.
         new_strength: The lambda of the new parameters, at least 0.
         include: Glob pattern(s) over parameter names; only these are penalised. Default: all.
         exclude: Glob pattern(s) over parameter names that are not penalised at all.
+        dtype: Of the start points that are kept; None: as given. bfloat16 halves them, at the price of their rounding.
+        device: Where start points and importances are kept, ``.to()`` notwithstanding; None: beside the parameters.
+            ``"cpu"``, for a model on a GPU: in pinned memory, brought to the GPU in blocks of 64 MiB (or one
+            parameter), two at a time, while the one before is used. Make the L2SP when the model is on the GPU.
 
     Raises:
         TypeError: An argument of the wrong type.
-        ValueError: A negative strength, a pattern that matches nothing, a ``start`` that shares no parameter.
+        ValueError: A negative strength, a pattern that matches nothing, a ``start`` that shares no parameter,
+            ``dtype`` or ``device`` beside a path.
+        ImportError, FileNotFoundError: A path without safetensors installed; one that leads nowhere.
+
+    With a path, calls raise ValueError where a file has changed since.
 
     Example:
         >>> reg = L2SP(model, 0.01, start=pretrained.state_dict(), new_strength=0.001)
@@ -57,11 +79,13 @@ class L2SP(nn.Module):
         strength: float | Mapping[str, float],
         *,
         importance: Mapping[str, Tensor] | None = None,
-        start: Mapping[str, Tensor] | nn.Module | None = None,
+        start: Mapping[str, Tensor] | nn.Module | str | PathLike[str] | None = None,
         new: str | Iterable[str] | None = None,
         new_strength: float = 0.0,
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
+        dtype: torch.dtype | None = None,
+        device: Any = None,
     ) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
@@ -83,18 +107,31 @@ class L2SP(nn.Module):
             raise ValueError("model has no floating parameters left to penalise after include and exclude")
         aliases = {name: found.names_of(name) for name in params}
         old = {name: p for name, p in params.items() if not any(matches(n, renewed) for n in aliases[name])}
-        points = _start_points(old, aliases, start)
+        home = check_device("device", device)
+        if dtype is not None and dtype not in FLOATS:
+            raise TypeError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype}")
+        if isinstance(start, (str, PathLike)):
+            if dtype is not None or home is not None:
+                raise ValueError(
+                    "dtype and device are those of start points that are kept, but start is a path"
+                )
+            self.start: TensorTree | StartFile = StartFile(start, old, aliases)
+            points = {name: old[name] for name in self.start.names()}
+            _check_shared(old, points, self.start.names_in_file)
+        else:
+            points = _start_points(old, aliases, start, dtype, home)
+            self.start = tree_of(points, "start points", home)
+        self._elsewhere = home is not None or isinstance(self.start, StartFile)
         # In a tuple: registered, the model's parameters would be in this module's state_dict and moved by its .to().
         self._model = (model,)
         self._paths = [(name, *split_name(name)) for name in params]
-        self.start = TensorTree(points, "start points")
         self._strengths: dict[str, float] = {}
         if by_pattern:
             values = by_name("strength", strength, found, points)
             self._strengths = {
                 n: check_number(f"strength of {n!r}", v, 0) for n, v in zip(points, values, strict=True)
             }
-        self.importance = TensorTree(_importances(points, aliases, importance), "importances")
+        self.importance = tree_of(_importances(points, aliases, importance), "importances", home)
         self.new_names = tuple(name for name in params if name not in points)
 
     def forward(self) -> Tensor:
@@ -153,8 +190,12 @@ class L2SP(nn.Module):
     @torch.no_grad()
     def distance(self) -> dict[str, Tensor]:
         """``||p - p0||`` per parameter that has a start point, frozen ones included: scalars on their device."""
-        points, params = self.start.tensors(), self._params()
-        return {name: torch.linalg.vector_norm(difference(params[name], p0)) for name, p0 in points.items()}
+        started = self._selection(lambda _, p0: p0 is not None)
+        found: list[Tensor] = []
+        for run, points, _ in started.here():
+            rows = zip(started.params[run], points, strict=True)
+            found += [torch.linalg.vector_norm(difference(p, p0)) for p, p0 in rows]
+        return dict(zip(started.names, found, strict=True))
 
     def extra_repr(self) -> str:
         """Strengths and how many parameters have a start point."""
@@ -181,33 +222,44 @@ class L2SP(nn.Module):
 
     def _active(self) -> Selection:
         """What is penalised at this moment."""
+        return self._selection(lambda p, p0: p.requires_grad and (p0 is not None or self.new_strength != 0))
+
+    def _selection(self, wanted: Callable[[Tensor, Tensor | None], bool]) -> Selection:
+        """Those of the parameters that are ``wanted``, as they are now."""
         points, importances = self.start.tensors(), self.importance.tensors()
-        active = Selection([], "parameter {!r}".format, [], [], [], [])
+        found = Selection([], "parameter {!r}".format, [], [], [], [])
+        away = False
         for name, p in self._params().items():
-            p0 = points.get(name)
-            if not p.requires_grad or (p0 is None and self.new_strength == 0):
+            p0, f = points.get(name), importances.get(name)
+            if not wanted(p, p0):
                 continue
             if p0 is not None and p0.shape != p.shape:
                 raise ValueError(
                     f"the start point of {name!r} has shape {shape(p0)}, the parameter now {shape(p)}"
                 )
-            if p0 is not None and p0.device != p.device:
-                raise ValueError(
-                    f"the start point of {name!r} is on {p0.device}, the parameter on {p.device}: call .to() on this "
-                    "L2SP as well"
-                )
-            active.names.append(name)
-            active.params.append(p)
-            active.start.append(p0)
+            if p0 is not None and (p0.device != p.device or (f is not None and f.device != p.device)):
+                if not self._elsewhere:
+                    raise ValueError(
+                        f"the start point of {name!r} is on {p0.device}, the parameter on {p.device}: call .to() on "
+                        "this L2SP as well"
+                    )
+                away = True
+            found.names.append(name)
+            found.params.append(p)
+            found.start.append(p0)
             old = self._strengths.get(name, self.strength)
-            active.strength.append(self.new_strength if p0 is None else old)
+            found.strength.append(self.new_strength if p0 is None else old)
             if importances:
-                active.importance.append(importances.get(name))
-        return active
+                found.importance.append(f)
+        return found._replace(away=away)
 
 
 def _start_points(
-    params: Mapping[str, Tensor], aliases: Mapping[str, list[str]], start: Any
+    params: Mapping[str, Tensor],
+    aliases: Mapping[str, list[str]],
+    start: Any,
+    dtype: torch.dtype | None,
+    device: torch.device | None,
 ) -> dict[str, Tensor]:
     """Clones of the start points of those parameters that have one, under any of a tied parameter's names."""
     if start is None:
@@ -215,21 +267,25 @@ def _start_points(
     elif isinstance(start, (nn.Module, Mapping)):
         given = collect("start", start).aliases if isinstance(start, nn.Module) else start
     else:
-        raise TypeError(f"start must be None, a state dict or a module, got {type(start).__name__}")
+        raise TypeError(f"start must be None, a state dict, a module or a path, got {type(start).__name__}")
     points: dict[str, Tensor] = {}
     for name, p in params.items():
         for alias in aliases[name]:
             p0 = given.get(alias)
             if isinstance(p0, Tensor) and p0.shape == p.shape:
                 check_tensor(f"start point of {alias!r}", p0)
-                points[name] = p0.detach().to(p.device, copy=True)
+                points[name] = p0.detach().to(p.device if device is None else device, dtype, copy=True)
                 break
+    _check_shared(params, points, given)
+    return points
+
+
+def _check_shared(params: Mapping[str, Tensor], points: Mapping[str, Tensor], given: Iterable[Any]) -> None:
     if params and not points:
         raise ValueError(
             "start shares no parameter with model by name and shape: "
             f"model has {', '.join(list(params)[:3])}..., start has {', '.join(map(str, list(given)[:3]))}..."
         )
-    return points
 
 
 def _importances(
