@@ -41,10 +41,13 @@ def lists(_: int, dtype: torch.dtype, device: str) -> torch.Tensor:
     value = ft.l2sp_add_grad_(params, start, 0.01)
     ft.l2sp_prox_(params, start, 0.01, 0.1)
     targets = [p.detach() for p in params]
+    alpha = torch.tensor(0.4, device=device, requires_grad=True)
+    dots = torch.autograd.grad(ft.blend(targets, start, alpha), alpha, start)
     ft.blend_(targets, start, 0.9)
     ft.blend_many_(targets, [start, [s * 2 for s in start]], 0.4)
     grads = torch.cat([p.grad.float().flatten() for p in params if p.grad is not None])
-    return torch.stack([value.float().cpu(), grads.norm().cpu(), torch.cat(targets).float().norm().cpu()])
+    norms = [grads.norm(), torch.cat(targets).float().norm()]
+    return torch.stack([t.float().cpu() for t in (value, *norms, *dots)])
 
 
 def main(device: str = "cuda") -> int:
