@@ -150,7 +150,8 @@ class L2SP(nn.Module):
         """Let every ``optimizer.step()`` apply the penalty, by hooks; returns a handle whose ``remove()`` ends it.
 
         Under a ``GradScaler`` gradients are unscaled by then, and a step that it skips applies nothing. Clipping that
-        happens before the step does not see the penalty's gradient.
+        happens before the step does not see the penalty's gradient, and ``by="grad"`` comes to nothing where backward
+        runs inside of the step (``optimizer.step(closure)``): call ``add_grad_for_`` at the end of the closure.
 
         Args:
             optimizer: Whose parameters' penalty is applied; the step size is its groups' ``lr``.
@@ -161,31 +162,51 @@ class L2SP(nn.Module):
         Raises:
             TypeError, ValueError: Not an optimizer, another ``by``, none of the penalised parameters in it.
         """
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        if check_choice("by", by, ("auto", "grad", "prox")) == "auto":
-            by = "grad" if isinstance(optimizer, torch.optim.SGD) else "prox"
-        own = {id(p) for p in self._params().values()}
+        way = self.way(optimizer, by)
+        own = {id(p) for p in self.parameters_of_model()}
         if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
             raise ValueError("optimizer has none of the parameters that this L2SP penalises")
 
-        def step_sizes() -> dict[int, float]:
-            return {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
-
         def before(*_: Any) -> None:
-            active, sizes = self._active(), step_sizes()
-            add_grad_of_(active.part([id(p) in sizes for p in active.params]), None)
+            # A fused optimizer unscales gradients itself: a GradScaler leaves it the scale while it steps.
+            self.add_grad_for_(optimizer, grad_scale=getattr(optimizer, "grad_scale", None))
 
         def after(*_: Any) -> None:
-            active, sizes = self._active(), step_sizes()
-            active = active.part([id(p) in sizes for p in active.params])
-            prox_of_(active, [sizes[id(p)] for p in active.params])
+            self.prox_for_(optimizer)
 
-        return (
-            optimizer.register_step_pre_hook(before)
-            if by == "grad"
-            else optimizer.register_step_post_hook(after)
-        )
+        if way == "grad":
+            return optimizer.register_step_pre_hook(before)
+        return optimizer.register_step_post_hook(after)
+
+    def way(self, optimizer: torch.optim.Optimizer, by: str = "auto") -> str:
+        """``"grad"`` or ``"prox"``: what ``attach`` does for this optimizer. Errors as there."""
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        if check_choice("by", by, ("auto", "grad", "prox")) != "auto":
+            return by
+        return "grad" if isinstance(optimizer, torch.optim.SGD) else "prox"
+
+    def add_grad_for_(
+        self, optimizer: torch.optim.Optimizer, *, grad_scale: float | Tensor | None = None
+    ) -> Tensor:
+        """``add_grad_`` for those of the penalised parameters that are in ``optimizer``."""
+        active, sizes = self._active(), _step_sizes(optimizer)
+        return add_grad_of_(active.part([id(p) in sizes for p in active.params]), grad_scale)
+
+    def prox_for_(self, optimizer: torch.optim.Optimizer) -> None:
+        """``prox_`` for those of the penalised parameters that are in ``optimizer``, with its groups' ``lr``.
+
+        Nothing where it is a fused optimizer in a step that its GradScaler has it skip (which waits for the device).
+        """
+        if skipped_by_scaler(optimizer):
+            return
+        active, sizes = self._active(), _step_sizes(optimizer)
+        active = active.part([id(p) in sizes for p in active.params])
+        prox_of_(active, [sizes[id(p)] for p in active.params])
+
+    def parameters_of_model(self) -> list[Tensor]:
+        """The parameters that are penalised, frozen ones included, as they are in the model now."""
+        return list(self._params().values())
 
     @torch.no_grad()
     def distance(self) -> dict[str, Tensor]:
@@ -252,6 +273,19 @@ class L2SP(nn.Module):
             if importances:
                 found.importance.append(f)
         return found._replace(away=away)
+
+
+def skipped_by_scaler(optimizer: torch.optim.Optimizer) -> bool:
+    """In a hook of ``optimizer.step``: whether it is a fused optimizer that a GradScaler has do nothing.
+
+    Others are not called at all then. Waits for the device where it is a fused one under a GradScaler.
+    """
+    found_inf = getattr(optimizer, "found_inf", None)
+    return found_inf is not None and bool(found_inf)
+
+
+def _step_sizes(optimizer: torch.optim.Optimizer) -> dict[int, float]:
+    return {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
 
 
 def _start_points(

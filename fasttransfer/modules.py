@@ -53,7 +53,7 @@ def freeze(
         >>> freeze(model, exclude=new)
         >>> optimizer = torch.optim.SGD(new.values(), lr=0.1)
     """
-    params, norms = _select(model, include, exclude)
+    params, norms = select(model, include, exclude)
     changed = []
     for name, p in params.items():
         if p.requires_grad or p.grad is not None:
@@ -91,7 +91,7 @@ def thaw(
         TypeError, ValueError: As ``freeze``; also for a normalization whose class has been changed since (by
             ``parametrize``). Nothing has been modified then.
     """
-    params, norms = _select(model, include, exclude)
+    params, norms = select(model, include, exclude)
     for name, norm in norms.items():
         if isinstance(norm, _Frozen) and type(norm) is not _frozen(_plain(type(norm))):
             raise ValueError(
@@ -112,8 +112,13 @@ def thaw(
     return changed
 
 
-def _select(model: Any, include: Any, exclude: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The parameters that are selected, and the normalizations of which a parameter (if any: the module) is."""
+def select(
+    model: Any, include: Any, exclude: Any, argument: str = "include"
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The parameters that are selected, and the normalizations of which a parameter (if any: the module) is.
+
+    ``argument`` is what errors call ``include``; they are those of ``freeze``.
+    """
     check_model(model)
     found = collect("model", model)
     norms: dict[Any, list[str]] = {}
@@ -124,7 +129,7 @@ def _select(model: Any, include: Any, exclude: Any) -> tuple[dict[str, Tensor], 
     targets = [*found.aliases, *(name for names in bare.values() for name in names)]
     # dict.fromkeys: each once, and parameters first, because an error lists the first ones.
     names = list(dict.fromkeys([*targets, *(path for name in targets for path in _paths(name))]))
-    included = None if include is None else check_patterns("include", include, names)
+    included = None if include is None else check_patterns(argument, include, names)
     excluded = check_patterns("exclude", exclude, names)
 
     def wanted(aliases: Iterable[str]) -> bool:

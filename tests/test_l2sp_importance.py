@@ -167,6 +167,32 @@ def test_hook_takes_the_step_size_of_each_group(one_backend):
         torch.testing.assert_close(moved, torch.full_like(moved, 1 / (1 + h)))
 
 
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_hook_of_a_fused_optimizer_under_a_scaler(one_backend, kind):
+    """It unscales gradients and skips a step by itself, inside of ``step()``."""
+    results = []
+    for fused in (False, True):
+        model = nn.Linear(3, 2)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.copy_(torch.arange(1.0, p.numel() + 1).view_as(p))
+        reg = L2SP(model, 0.3)
+        with torch.no_grad():
+            model.weight += 0.5
+        optimizer = kind(model.parameters(), lr=0.1, fused=fused)
+        reg.attach(optimizer)
+        scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+        for factor in (1.0, float("inf"), 2.0):
+            optimizer.zero_grad()
+            scaler.scale(factor * model(torch.ones(2, 3)).sum()).backward()
+            before = model.weight.detach().clone()
+            scaler.step(optimizer)
+            scaler.update()
+            assert torch.equal(model.weight, before) == (factor == float("inf"))
+        results.append([p.detach() for p in model.parameters()])
+    torch.testing.assert_close(*results)
+
+
 def test_opcheck_and_gradcheck(one_backend):
     p, p0, f = (torch.randn(4, dtype=F64) for _ in range(3))
     f = f.abs()
