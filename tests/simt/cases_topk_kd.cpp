@@ -1,6 +1,7 @@
 // cuda/topk_kd.cuh: each tail, rows of one segment and of several, repeated indices, padding, in place.
 #include "cuda/topk_kd.cuh"
 
+#include <algorithm>
 #include <map>
 
 #include "simt/cases.h"
@@ -143,6 +144,102 @@ void solve(const Spec& spec) {
   for (const Buffer* b : {&student, &grad, &values, &losses, &scales, &ids}) expect(b->intact(), "memory beside");
 }
 
+// Rows that differ from a plain one in one thing, over two segments of 32 columns; what comes out: a number, NaN,
+// inf.
+void special_rows(TopkTail tail) {
+  const int64_t V = 64, k = 4, R = 16;
+  const bool renormalize = tail == TopkTail::kRenormalize, bucket = tail == TopkTail::kBucket;
+  const float inf = INFINITY;
+  Buffer student(DType::kFloat32, R * V), grad(DType::kFloat32, R * V), values(DType::kFloat32, R * k);
+  Buffer losses(DType::kFloat64, R), labels(DType::kFloat64, R), ids(DType::kFloat64, R * k);
+  const int64_t columns[] = {0, 31, 32, 63};
+  const float logs[] = {-1, -2, -1.5f, -3};
+  for (int64_t i = 0; i < R; ++i) {
+    for (int64_t v = 0; v < V; ++v) student.set(i * V + v, 0.1 * double(v % 17) - 3);
+    for (int64_t j = 0; j < k; ++j) ids.as<int64_t>()[i * k + j] = columns[j], values.set(i * k + j, logs[j]);
+    labels.as<int64_t>()[i] = 5;
+  }
+  const auto all_students = [&](int64_t i, double x, bool entries_too) {
+    for (int64_t v = 0; v < V; ++v) {
+      if (entries_too || !std::count(columns, columns + k, v)) student.set(i * V + v, x);
+    }
+  };
+  std::string expected = "f";
+  const auto row = [&](char what) {
+    expected += what;
+    return int64_t(expected.size()) - 1;
+  };
+  ids.as<int64_t>()[row('n') * k + 1] = V;
+  ids.as<int64_t>()[row('n') * k + 3] = -2;
+  values.set(row('n') * k + 2, inf);
+  labels.as<int64_t>()[row('n')] = V;
+  labels.as<int64_t>()[row('n')] = -1;
+  labels.as<int64_t>()[row('f')] = 0;
+  student.set(row('i') * V + 31, -inf);  // which has the teacher's mass
+  student.set(row('f') * V + 10, -inf);
+  student.set(row('n') * V + 40, inf);
+  student.set(row('n') * V + 32, NAN);
+  all_students(row('n'), -inf, true);
+  const int64_t nothing = row(renormalize ? 'n' : 'f');
+  for (int64_t j = 0; j < k; ++j) ids.as<int64_t>()[nothing * k + j] = -1;
+  const int64_t empty = row(renormalize ? 'n' : 'f');
+  for (int64_t j = 0; j < k; ++j) values.set(empty * k + j, -inf);
+  student.set(row('i') * V + 5, -inf);  // the label
+  const int64_t alone = row(bucket ? 'i' : 'f');
+  all_students(alone, -inf, false);
+  labels.as<int64_t>()[alone] = 63;
+  expect(int64_t(expected.size()) == R, "as many rows as are named");
+
+  TopkCall call = {};
+  call.kd.student = view(student, R, V);
+  call.kd.teacher = view(values, R, k);
+  call.kd.grad = view(grad, R, V);
+  call.kd.rows = R;
+  call.kd.columns = call.kd.grad_columns = V;
+  call.kd.labels = labels.as<int64_t>();
+  call.kd.weight = {nullptr, false, 1};
+  call.kd.temperature = {nullptr, false, 1};
+  call.kd.kd_divisor = call.kd.ce_divisor = {nullptr, false, 1};
+  call.kd.ce_part = call.kd.kd_part = 0.5;
+  call.kd.ignore_index = -100;
+  call.kd.losses = losses.as<double>();
+  call.indices = ids.data();
+  call.wide_indices = true;
+  call.tail = tail;
+  call.entries = k;
+  launch_topk_kd(call, {}, 32);
+
+  for (int64_t i = 0; i < R; ++i) {
+    const std::string text = "topk tail " + std::to_string(int(tail)) + " special row " + std::to_string(i);
+    const double loss = losses.get(i);
+    const bool is_nan = std::isnan(loss), is_inf = loss == INFINITY;
+    expect(expected[i] == 'n' ? is_nan : expected[i] == 'i' ? is_inf : !is_nan && !is_inf, text + " loss");
+    for (int64_t v = 0; v < V; ++v) {
+      expect(std::isnan(grad.get(i * V + v)) == (expected[i] == 'n'), text + " gradient");
+    }
+    if (expected[i] != 'f') continue;
+    std::vector<double> s(V), outside, t;
+    std::map<int64_t, double> entries;
+    for (int64_t v = 0; v < V; ++v) s[v] = student.get(i * V + v);
+    for (int64_t j = 0; j < k; ++j) {
+      const int64_t v = ids.as<int64_t>()[i * k + j];
+      if (v >= 0 && values.get(i * k + j) != -INFINITY) entries[v] = values.get(i * k + j);
+    }
+    for (const auto& entry : entries) t.push_back(entry.second);
+    for (int64_t v = 0; v < V; ++v) {
+      if (!entries.count(v)) outside.push_back(s[v]);
+    }
+    const double lse = log_sum(s), lse_t = renormalize ? log_sum(t) : 0;
+    double exact = 0.5 * (lse - s[labels.as<int64_t>()[i]]), mass = 0;
+    for (const auto& [v, x] : entries) {
+      exact += 0.5 * std::exp(x - lse_t) * (x - lse_t - (s[v] - lse));
+      mass += std::exp(x - lse_t);
+    }
+    if (bucket) exact += 0.5 * (1 - mass) * (std::log(1 - mass) - (log_sum(outside) - lse));
+    expect_close(loss, exact, 4e-6 * (1 + std::fabs(exact)), text + " value");
+  }
+}
+
 void all(const char*) {
   const DType f32 = DType::kFloat32, f64 = DType::kFloat64, bf16 = DType::kBFloat16, f16 = DType::kFloat16;
   for (const TopkTail tail : {TopkTail::kRenormalize, TopkTail::kZero, TopkTail::kBucket}) {
@@ -154,6 +251,7 @@ void all(const char*) {
     solve({f32, f32, 3, 1100, 0, 270, tail, 1, 0.4, 0.2, true, true, true, 512});
     solve({f32, f32, 1, 999, 0, 1, tail, 1, 0, 0, false});
   }
+  for (const TopkTail tail : {TopkTail::kRenormalize, TopkTail::kZero, TopkTail::kBucket}) special_rows(tail);
   solve({f32, f32, 2, 1500, 0, 8, TopkTail::kRenormalize, 2, 0.3});
   solve({f64, f64, 2, 300, 0, 8, TopkTail::kRenormalize, 3.5, 0.3, 0.1, true, false, true, 32});
   solve({f32, f32, 2, 300, 0, 8, TopkTail::kRenormalize, 1, 1.0});  // the teacher is not read
