@@ -24,6 +24,14 @@ from fasttransfer.memory import overlaps_itself, written_once
 from fasttransfer.names import Collection, Labels, Tensors, by_name, collect, match
 from fasttransfer.ops.blend import BlendFunction, blend_inplace_op, blend_op
 from fasttransfer.products import Convolved, Product, as_convolved, as_product
+from fasttransfer.sharded_params import (
+    any_dtensor,
+    count_writes,
+    parts,
+    replicated,
+    sum_gradients_over_ranks,
+    whole,
+)
 
 Coefficient = float | Tensor | Mapping[str, float | Tensor]
 Transform = Tensor | Callable[[Tensor], Tensor] | Mapping[str, Any] | None
@@ -194,6 +202,7 @@ class _Plan:
         if buffers == "copy" and len(sources) > 1:
             raise ValueError(f"buffers='copy' needs a single source to copy from, got {len(sources)}")
         self.given = collect("target", target, buffers=True)
+        self.split: list[Tensor] = []  # the targets as given, if they or their sources are split over ranks
         self.single = isinstance(target, Tensor)
         named = self.given.named
         everything = list(self.given.tensors)
@@ -240,6 +249,7 @@ class _Plan:
 
     def blended(self) -> list[Tensor]:
         """The blended tensors, in the order of ``names``."""
+        self._take_parts()
         plain = [i for i in range(len(self.targets)) if i not in self.products]
         outs = {i: product.result(*self._constants(i)) for i, product in self.products.items()}
         targets, sources, args = self._lists(plain)
@@ -252,10 +262,12 @@ class _Plan:
             else:
                 results = blend_op(targets, sources, *args)
             outs.update(zip(plain, results, strict=True))
-        return [outs[i] for i in range(len(self.targets))]
+        done = [outs[i] for i in range(len(self.targets))]
+        return list(map(whole, done, self.split)) if self.split else done
 
     def blend_(self) -> None:
         """Overwrite the targets. The caller enters torch.no_grad: dynamo cannot bind a decorated method here."""
+        self._take_parts()
         kept = list(range(len(self.targets)))
         if not is_compiling():
             coefficients = zip(self._shown("alpha"), self._shown("scale"), strict=True)
@@ -263,6 +275,7 @@ class _Plan:
             kept = written_once(labels, self.targets, self.rows, list(coefficients))
         for t, source in self.copies:
             t.copy_(source)
+        count_writes(self.split)
         plain = [i for i in kept if i not in self.products]
         if plain:
             targets, sources, args = self._lists(plain)
@@ -270,6 +283,27 @@ class _Plan:
         for i in kept:
             if i in self.products:
                 self.products[i].overwrite(*self._constants(i))
+
+    def _take_parts(self) -> None:
+        """Of tensors that are split over ranks, what is here."""
+        given, rows = self.targets, self.rows
+        if not any_dtensor(given) and not any(map(any_dtensor, (*rows, *self.copies))):
+            return
+        self.split = given
+        labels = [self.given.label(name) for name in self.names]
+        flat = [(i, s) for i, row in enumerate(rows) for s in row]
+        self.targets = parts(labels, given, labels, given)[0]
+        owners, of = [given[i] for i, _ in flat], [f"the source of {labels[i]}" for i, _ in flat]
+        here = iter(parts([labels[i] for i, _ in flat], owners, of, [s for _, s in flat])[1])
+        self.rows = [[next(here) for _ in row] for row in rows]
+        if self.copies:
+            buffers, sources = zip(*self.copies, strict=True)
+            names = ["a buffer of target"] * len(buffers)
+            self.copies = list(zip(*parts(names, buffers, names, sources), strict=True))
+        if self.alpha_tensor is not None:
+            self.alpha_tensor = sum_gradients_over_ranks(self.alpha_tensor, given)
+        if self.scale_tensor is not None:
+            self.scale_tensor = sum_gradients_over_ranks(self.scale_tensor, given)
 
     def _lists(self, kept: Sequence[int]) -> tuple[list[Tensor], list[Tensor], tuple[Any, ...]]:
         """Targets, sources and the other arguments of the op, of those at these positions."""
@@ -308,6 +342,11 @@ class _Plan:
 def _mapped(transform: Any, source: Tensor, target: Tensor, other: Collection, name: str) -> Tensor:
     """The source, transformed and checked against its target."""
     check_tensor(other.label(name), source)
+    if any_dtensor((source, transform)):
+        raise ValueError(
+            f"{other.label(name)} or its transform is a DTensor: what a transform takes must be whole on every rank, "
+            "pass full_tensor() of it (the target may be split)"
+        )
     mapped = _apply(transform, source)
     check_tensor(f"the transformed {other.label(name)}", mapped)
     if mapped.shape != target.shape:
@@ -380,6 +419,9 @@ def _coefficients(
     """One value per blended target: numbers, or a tensor ``[targets]`` as soon as one of them is a tensor."""
     if value is None and argument == "source_scale":
         return [], None
+    if isinstance(value, Mapping):
+        value = {name: replicated(f"{argument}[{name!r}]", v) for name, v in value.items()}
+    value = replicated(argument, value)
     if not isinstance(value, (Tensor, Mapping)):
         return [check_number(argument, value, float("-inf"))] * len(names), None
     values = by_name(argument, value, given, names)

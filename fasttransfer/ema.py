@@ -13,6 +13,7 @@ from fasttransfer import fast_lists
 from fasttransfer.checks import FLOATS, check_choice, check_count, check_flag, check_number, shape
 from fasttransfer.names import collect
 from fasttransfer.ops.blend import blend_inplace_op
+from fasttransfer.sharded_params import any_dtensor, count_writes, is_dtensor, parts, reshard
 from fasttransfer.tensor_tree import TensorTree, split_name
 
 _WARMUPS = ("none", "ratio", "power")
@@ -92,6 +93,7 @@ class EMA(nn.Module):
         self.buffer_mode = check_choice("buffers", buffers, _BUFFERS)
         self.capturable = check_flag("capturable", capturable)
         found = _collect(model)
+        _check_home(found, device)
         averaged = {name: t for name, t in found.items() if t.dtype in FLOATS}
         if not averaged:
             raise ValueError("model has no floating tensors to average")
@@ -127,6 +129,8 @@ class EMA(nn.Module):
         """
         values, averages = self._values(model), self.module.tensors()
         _check_same(values, averages)
+        wholes = averages.values()
+        averages, values = _parts(averages, values, "the average of {!r}", "model's {!r}")
         blended: list[tuple[Tensor, Tensor]] = []
         copied: list[tuple[Tensor, Tensor]] = []
         for name, average in averages.items():
@@ -144,6 +148,7 @@ class EMA(nn.Module):
                 average.copy_(value)
         elif blended:
             _blend_([average for average, _ in blended], [value for _, value in blended], decay)
+        count_writes(wholes)
 
     def _next_decay(self) -> float | Tensor:
         """Counts the update, and says how much of the average stays."""
@@ -184,8 +189,7 @@ class EMA(nn.Module):
         """
         values, averages = self._values(model), self.module.tensors()
         _check_same(values, averages)
-        for name, average in averages.items():
-            values[name].copy_(average)
+        _copy_(values, averages, "model's {!r}", "the average of {!r}")
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -198,14 +202,15 @@ class EMA(nn.Module):
         """
         values = self._values(model)
         _check_same(values, self.module.tensors())
+        _parts(values, self.module.tensors(), "model's {!r}", "the average of {!r}")
         kept = {name: t.detach().clone() for name, t in values.items()}
         try:
             self.copy_to(model)
             yield model
         finally:
             with torch.no_grad():
-                for name, t in kept.items():
-                    values[name].copy_(t)
+                reshard(model)
+                _copy_(values, kept, "model's {!r}", "the kept {!r}")
 
     def average(self) -> dict[str, Tensor]:
         """The averaged tensors by the model's names: for ``torch.func.functional_call`` or ``load_state_dict``."""
@@ -239,8 +244,13 @@ class EMA(nn.Module):
                     f"shadow_params has {shape(t)} for {name!r} of shape {shape(averages[name])}"
                 )
         with torch.no_grad():
-            for name, t in zip(names, shadow, strict=True):
-                averages[name].copy_(t)
+            shown = dict(zip(names, shadow, strict=True))
+            _copy_(
+                {name: averages[name] for name in names},
+                shown,
+                "the average of {!r}",
+                "shadow_params of {!r}",
+            )
             self.n_averaged.fill_(int(state_dict["optimization_step"]))
         self.decay = float(state_dict.get("decay", self.decay))
         self.min_decay = float(state_dict.get("min_decay", self.min_decay))
@@ -285,6 +295,7 @@ class EMA(nn.Module):
                 path, leaf = split_name(name)
                 places.append((owners[path], leaf, name))
             self._known = (model, places)
+        reshard(model)
         return {name: getattr(owner, leaf) for owner, leaf, name in self._known[1]}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -315,6 +326,32 @@ def _check_same(values: Mapping[str, Tensor], averages: Mapping[str, Tensor]) ->
             raise ValueError(f"model's {name!r} has shape {shape(value)}, the average {shape(average)}")
         if value.is_floating_point() != average.is_floating_point():
             raise TypeError(f"model's {name!r} is {value.dtype}, the average {average.dtype}")
+
+
+def _check_home(found: Mapping[str, Tensor], device: Any) -> None:
+    for name, t in found.items():
+        if device is not None and is_dtensor(t) and torch.device(device).type != t.device.type:
+            raise ValueError(
+                f"model's {name!r} on {t.device} is split over ranks: its average is kept beside it, not on {device}"
+            )
+
+
+def _parts(
+    owners: dict[str, Tensor], others: dict[str, Tensor], label: str, what: str
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Of tensors that are split over ranks what is here, as the owners are split."""
+    if not any_dtensor(owners.values()) and not any_dtensor(others.values()):
+        return owners, others
+    labels, of = [label.format(name) for name in owners], [what.format(name) for name in owners]
+    here = parts(labels, list(owners.values()), of, [others[name] for name in owners])
+    return tuple(dict(zip(owners, tensors, strict=True)) for tensors in here)  # type: ignore[return-value]
+
+
+def _copy_(targets: dict[str, Tensor], sources: dict[str, Tensor], label: str, what: str) -> None:
+    here, values = _parts(targets, sources, label, what)
+    for name, t in here.items():
+        t.copy_(values[name])
+    count_writes(targets.values())
 
 
 def _blend_(averages: list[Tensor], values: list[Tensor], decay: float | Tensor) -> None:

@@ -18,12 +18,13 @@ from fasttransfer.kd_arguments import (
     check_logits,
     check_options,
 )
-from fasttransfer.kd_group import distill_columns, is_dtensor, local_parts
+from fasttransfer.kd_group import distill_columns, local_parts
 from fasttransfer.kd_stats import kd_stats
 from fasttransfer.ops import distill as distill_ops
 from fasttransfer.ops import kd as kd_ops
 from fasttransfer.ops.distill import DistillFunction, distill_op
 from fasttransfer.ops.kd import KDFunction, KDInplaceFunction, kd_op
+from fasttransfer.sharded_params import is_dtensor
 
 
 def kd_loss(

@@ -20,20 +20,16 @@ from fasttransfer.kd_arguments import (
 )
 from fasttransfer.kd_stats import kd_stats
 from fasttransfer.ops.sharded import ShardedFunction, Shards, all_gather, distill_shards
+from fasttransfer.sharded_params import chunk, is_dtensor, replicated
 
 _ANY_COLUMN = 2**63 - 1
-
-
-def is_dtensor(x: Any) -> bool:
-    """Whether it is one; without importing what they come from."""
-    return type(x) is not Tensor and hasattr(x, "placements") and hasattr(x, "device_mesh")
 
 
 def local_parts(
     student: Any, teacher: Any, rows: dict[str, Any], options: Options
 ) -> tuple[Any, Any, dict[str, Any], Shards | None]:
     """What is here of logits that are split, of the arguments of ``rows``, and who has the rest (None: nobody)."""
-    rows = {name: _replicated(name, x) for name, x in rows.items()}
+    rows = {name: replicated(name, x) for name, x in rows.items()}
     if not is_dtensor(student) and not is_dtensor(teacher):
         return student, teacher, rows, Shards(options.group, None, None)
     for name, x, other in (("student", student, "teacher"), ("teacher", teacher, "student")):
@@ -60,11 +56,8 @@ def local_parts(
         raise ValueError("group is not the group of the mesh dimension that splits the logits: leave it out")
     if options.inplace:
         raise ValueError("inplace=True cannot be used with logits that are split over ranks")
-    # Shard() is torch.chunk: all parts but the last ones are equal.
     columns = student.shape[-1]
-    step = -(-columns // mesh.size(dim))
-    offset = min(mesh.get_local_rank(dim) * step, columns)
-    here = min(offset + step, columns) - offset
+    offset, here = chunk(columns, mesh.size(dim), mesh.get_local_rank(dim))
     student, teacher = student.to_local(), teacher.to_local()
     for name, x in (("student", student), ("teacher", teacher)):
         if x.shape[-1] != here:
@@ -73,16 +66,6 @@ def local_parts(
                 f"over {mesh.size(dim)} ranks has {here}: pass to_local() and group="
             )
     return student, teacher, rows, Shards(group, offset, columns)
-
-
-def _replicated(name: str, x: Any) -> Any:
-    if not is_dtensor(x):
-        return x
-    if not all(p.is_replicate() for p in x.placements):
-        raise ValueError(
-            f"{name} is a DTensor with placements {x.placements}: every rank needs all of it (Replicate, or a tensor)"
-        )
-    return x.to_local()
 
 
 def _column_dimension(side: str, x: Any) -> int | None:

@@ -17,12 +17,14 @@ from fasttransfer.checks import (
     shape,
     values_visible,
 )
+from fasttransfer.l2sp_sharded import add_grad_over_ranks_, is_split, parts_here, value_over_ranks
 from fasttransfer.l2sp_stream import StreamedL2SPFunction, blocks, streamed_value, total, untraced
 from fasttransfer.memory import written_once
 from fasttransfer.names import Collection, Tensors, collect, match
 from fasttransfer.ops.blend import blend_inplace_op
 from fasttransfer.ops.l2sp import L2SPFunction, difference, l2sp_add_grad_op, l2sp_value_op
 from fasttransfer.ops.library import compute_dtype
+from fasttransfer.sharded_params import count_writes
 
 
 def l2sp_penalty(
@@ -183,6 +185,8 @@ def penalty_of(selected: Selection) -> Tensor:
     params, start, strength, importance, away = selected[2:]
     if not params:
         return torch.zeros(())
+    if is_split(selected):
+        return value_over_ranks(selected, penalty_of)
     if hides_gradient(params) or (torch.is_grad_enabled() and any(p.requires_grad for p in params)):
         if away:
             return untraced(StreamedL2SPFunction.apply, start, strength, importance, *params)
@@ -192,8 +196,10 @@ def penalty_of(selected: Selection) -> Tensor:
 
 
 @torch.no_grad()
-def add_grad_of_(selected: Selection, grad_scale: float | Tensor | None) -> Tensor:
-    """Its gradient, added to the parameters'."""
+def add_grad_of_(
+    selected: Selection, grad_scale: float | Tensor | None, *, over_ranks: bool = True
+) -> Tensor:
+    """Its gradient, added to the parameters'; the penalty, without ``over_ranks`` of what is here."""
     params, start, importance = selected.params, selected.start, selected.importance
     if isinstance(grad_scale, Tensor):
         check_tensor("grad_scale", grad_scale)
@@ -208,6 +214,8 @@ def add_grad_of_(selected: Selection, grad_scale: float | Tensor | None) -> Tens
         scale = 1.0 if grad_scale is None else check_number("grad_scale", grad_scale, 0)
     if not params:
         return torch.zeros(())
+    if is_split(selected):
+        return add_grad_over_ranks_(selected, lambda here: add_grad_of_(here, grad_scale), over_ranks)
     grads: list[Tensor] = []
     accumulate: list[int] = []
     for name, p in zip(selected.names, params, strict=True):
@@ -252,6 +260,9 @@ def _add_grad_(
 @torch.no_grad()
 def prox_of_(selected: Selection, lr: float | Sequence[float]) -> None:
     """``(p + h p0)/(1 + h)`` is a blend with ``1/(1 + h)`` on ``p``; without a start point, of ``p`` and nothing."""
+    if is_split(selected):
+        prox_of_(parts_here(selected), lr)
+        return count_writes(selected.params)
     if not torch.compiler.is_compiling():
         labels = [selected.label(name) for name in selected.names]
         columns = [selected.start, selected.importance] if selected.importance else [selected.start]

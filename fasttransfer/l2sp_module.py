@@ -21,8 +21,11 @@ from fasttransfer.checks import (
 )
 from fasttransfer.l2sp import Selection, add_grad_of_, penalty_of, prox_of_
 from fasttransfer.l2sp_file import StartFile
+from fasttransfer.l2sp_sharded import is_split, parts_here
 from fasttransfer.names import by_name, check_patterns, collect, matches
 from fasttransfer.ops.l2sp import difference
+from fasttransfer.ops.library import accumulator
+from fasttransfer.sharded_params import is_dtensor, like, reshard, sum_over_ranks
 from fasttransfer.tensor_tree import TensorTree, split_name, tree_of
 
 
@@ -138,9 +141,13 @@ class L2SP(nn.Module):
         """The penalty, a scalar that is differentiable in the model's parameters."""
         return penalty_of(self._active())
 
-    def add_grad_(self, *, grad_scale: float | Tensor | None = None) -> Tensor:
-        """Add the penalty's gradient to the parameters' ``.grad`` and return the penalty, as ``l2sp_add_grad_``."""
-        return add_grad_of_(self._active(), grad_scale)
+    def add_grad_(self, *, grad_scale: float | Tensor | None = None, over_ranks: bool = True) -> Tensor:
+        """Add the penalty's gradient to the parameters' ``.grad`` and return the penalty, as ``l2sp_add_grad_``.
+
+        Of parameters that are split over ranks (docs/parallel.md) the penalty takes one all-reduce of one number;
+        ``over_ranks=False`` returns what is on this rank of it, and nothing is exchanged.
+        """
+        return add_grad_of_(self._active(), grad_scale, over_ranks=over_ranks)
 
     def prox_(self, lr: float) -> None:
         """The proximal step at step size ``lr``, in place, as ``l2sp_prox_``."""
@@ -169,7 +176,8 @@ class L2SP(nn.Module):
 
         def before(*_: Any) -> None:
             # A fused optimizer unscales gradients itself: a GradScaler leaves it the scale while it steps.
-            self.add_grad_for_(optimizer, grad_scale=getattr(optimizer, "grad_scale", None))
+            scale = getattr(optimizer, "grad_scale", None)
+            self.add_grad_for_(optimizer, grad_scale=scale, over_ranks=False)  # nobody looks at the penalty
 
         def after(*_: Any) -> None:
             self.prox_for_(optimizer)
@@ -187,11 +195,16 @@ class L2SP(nn.Module):
         return "grad" if isinstance(optimizer, torch.optim.SGD) else "prox"
 
     def add_grad_for_(
-        self, optimizer: torch.optim.Optimizer, *, grad_scale: float | Tensor | None = None
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        grad_scale: float | Tensor | None = None,
+        over_ranks: bool = True,
     ) -> Tensor:
         """``add_grad_`` for those of the penalised parameters that are in ``optimizer``."""
         active, sizes = self._active(), _step_sizes(optimizer)
-        return add_grad_of_(active.part([id(p) in sizes for p in active.params]), grad_scale)
+        active = active.part([id(p) in sizes for p in active.params])
+        return add_grad_of_(active, grad_scale, over_ranks=over_ranks)
 
     def prox_for_(self, optimizer: torch.optim.Optimizer) -> None:
         """``prox_`` for those of the penalised parameters that are in ``optimizer``, with its groups' ``lr``.
@@ -212,10 +225,16 @@ class L2SP(nn.Module):
     def distance(self) -> dict[str, Tensor]:
         """``||p - p0||`` per parameter that has a start point, frozen ones included: scalars on their device."""
         started = self._selection(lambda _, p0: p0 is not None)
+        owners, split = started.params, is_split(started)
+        started = parts_here(started) if split else started
         found: list[Tensor] = []
         for run, points, _ in started.here():
             rows = zip(started.params[run], points, strict=True)
             found += [torch.linalg.vector_norm(difference(p, p0)) for p, p0 in rows]
+        if split:
+            squares = torch.stack([norm.to(accumulator(norm)).square() for norm in found])
+            norms = sum_over_ranks(squares, owners).sqrt()
+            found = [norm.to(mine.dtype) for norm, mine in zip(norms, found, strict=True)]
         return dict(zip(started.names, found, strict=True))
 
     def extra_repr(self) -> str:
@@ -227,6 +246,7 @@ class L2SP(nn.Module):
     def _params(self) -> dict[str, Tensor]:
         """The model's parameters as they are now, by name."""
         (model,) = self._model
+        reshard(model)
         owners: dict[str, nn.Module] = {}
         params: dict[str, Tensor] = {}
         for name, path, leaf in self._paths:
@@ -308,6 +328,11 @@ def _start_points(
             p0 = given.get(alias)
             if isinstance(p0, Tensor) and p0.shape == p.shape:
                 check_tensor(f"start point of {alias!r}", p0)
+                if device is not None and is_dtensor(p):
+                    raise ValueError(
+                        f"parameter {name!r} is split over ranks: its start point is kept beside it, not on {device}"
+                    )
+                p0 = like(f"parameter {name!r}", p, f"start point of {alias!r}", p0)
                 points[name] = p0.detach().to(p.device if device is None else device, dtype, copy=True)
                 break
     _check_shared(params, points, given)
@@ -341,5 +366,6 @@ def _importances(
             raise ValueError(f"importance[{name!r}] has shape {shape(f)}, the parameter {shape(p0)}")
         if values_visible(f) and bool((f < 0).any()):
             raise ValueError(f"importance[{name!r}] must be at least 0, got {f.min().item():g}")
+        f = like(f"parameter {name!r}", p0, f"importance[{name!r}]", f)
         found[name] = f.detach().to(p0.device, copy=True)
     return found

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fasttransfer.checks import shape, values_visible
+from fasttransfer.sharded_params import reshard
 
 Tensors = Tensor | Iterable[Tensor] | Mapping[str, Tensor] | nn.Module
 
@@ -85,6 +86,7 @@ def collect(argument: str, value: Any, *, buffers: bool = False) -> Collection:
 def _of_module(argument: str, module: nn.Module, buffers: bool) -> Collection:
     found = Collection(argument, "named", {}, {}, {})
     first: dict[int, str] = {}
+    reshard(module)
     owners = list(module.named_modules(remove_duplicate=False))
     for kind in ("_parameters", "_buffers") if buffers else ("_parameters",):
         for prefix, owner in owners:

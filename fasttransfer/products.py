@@ -176,12 +176,12 @@ def _product(target: Tensor, source: Tensor, matrix: Tensor, bias: Tensor | None
 def _fit(operands: Sequence[Tensor]) -> bool:
     """Whether a GEMM takes these, the first being overwritten."""
     target = operands[0]
+    if not _alike(operands):
+        return False
     if not is_compiling() and len({t.untyped_storage().data_ptr() for t in operands}) < len(operands):
         return False  # it cannot overwrite what it reads
-    return (
-        target.dtype in (torch.float32, torch.float64)
-        and _alike(operands)
-        and not torch.is_autocast_enabled(target.device.type)
+    return target.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(
+        target.device.type
     )
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fasttransfer.sharded_params import is_dtensor, like
+
 
 class TensorTree(nn.Module):
     """Buffers in a tree of modules that mirrors dotted names.
@@ -32,6 +34,15 @@ class TensorTree(nn.Module):
         """By name, in the order given, as they are now (``.to()`` replaces them)."""
         found = dict(self.named_buffers())
         return {name: found[name] for name in self._names}
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Takes, of what is whole in the state and split over ranks here, this rank's part."""
+        for name, own in self.tensors().items():
+            key = prefix + name
+            x = state_dict.get(key)
+            if is_dtensor(own) and isinstance(x, Tensor) and not is_dtensor(x) and x.shape == own.shape:
+                state_dict[key] = like(key, own, f"{key} of the state", x)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __repr__(self) -> str:
         return f"{len(self._names)} {self._what}"

@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fasttransfer import DecoupledKDLoss, KDLoss, checks, decoupled_kd_loss, kd_loss, use_backend
 from fasttransfer.ops import kd as kd_ops
+from tests import sharded_params_worker
 
 F32, F64, F16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat16
 V = 57
@@ -621,6 +622,9 @@ def documentation(ranks):
     namespace = {}
     for block in blocks:
         exec(compile(block, "docs/parallel.md", "exec"), namespace)
+
+
+CASES |= sharded_params_worker.CASES
 
 
 def run(rank, world, folder):
