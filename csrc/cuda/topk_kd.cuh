@@ -365,14 +365,15 @@ FT_KERNEL void FT_BOUNDS(kTopkThreads, 1) topk_kd_kernel(FT_PARAMS(TopkCall) cal
 }
 
 // The losses of the rows, and the gradient if call.kd.grad.data is not null. Bits for as many columns as fit beside
-// the rest in what a block may have without asking, or in all that it may have.
+// the rest in what a block may have without asking, or in all that it may have; `segment`, a multiple of 32: for
+// these.
 inline void launch_topk_kd(TopkCall call, Stream stream, int64_t segment = 0) {
   if (call.kd.rows == 0) return;
   int64_t most = machine().shared_per_block;
   if (most > int64_t{48} << 10) most = int64_t{48} << 10;
   const int64_t room = (most - kTopkHeader) / 4, words = (call.kd.columns + 31) / 32;
-  const int64_t some = words < room ? words : room;
-  call.segment = segment ? segment : 32 * some;
+  const int64_t some = segment ? segment / 32 : words < room ? words : room;
+  call.segment = 32 * some;
   const Grid grid{call.kd.rows < kMostBlocks ? call.kd.rows : kMostBlocks, kTopkThreads, 1, kTopkHeader + 4 * some};
   const bool is_double = call.kd.student.dtype == DType::kFloat64 || call.kd.teacher.dtype == DType::kFloat64;
   if (is_double) return launch(topk_kd_kernel<double>, grid, stream, call);

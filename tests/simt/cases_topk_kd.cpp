@@ -146,8 +146,9 @@ void solve(const Spec& spec) {
 
 // Rows that differ from a plain one in one thing, over two segments of 32 columns; what comes out: a number, NaN,
 // inf.
-void special_rows(TopkTail tail) {
-  const int64_t V = 64, k = 4, R = 16;
+// Without labels the distillation part alone.
+void special_rows(TopkTail tail, bool labelled) {
+  const int64_t V = 64, k = 4, R = 18;
   const bool renormalize = tail == TopkTail::kRenormalize, bucket = tail == TopkTail::kBucket;
   const float inf = INFINITY;
   Buffer student(DType::kFloat32, R * V), grad(DType::kFloat32, R * V), values(DType::kFloat32, R * k);
@@ -172,8 +173,8 @@ void special_rows(TopkTail tail) {
   ids.as<int64_t>()[row('n') * k + 1] = V;
   ids.as<int64_t>()[row('n') * k + 3] = -2;
   values.set(row('n') * k + 2, inf);
-  labels.as<int64_t>()[row('n')] = V;
-  labels.as<int64_t>()[row('n')] = -1;
+  labels.as<int64_t>()[row(labelled ? 'n' : 'f')] = V;
+  labels.as<int64_t>()[row(labelled ? 'n' : 'f')] = -1;
   labels.as<int64_t>()[row('f')] = 0;
   student.set(row('i') * V + 31, -inf);  // which has the teacher's mass
   student.set(row('f') * V + 10, -inf);
@@ -184,7 +185,11 @@ void special_rows(TopkTail tail) {
   for (int64_t j = 0; j < k; ++j) ids.as<int64_t>()[nothing * k + j] = -1;
   const int64_t empty = row(renormalize ? 'n' : 'f');
   for (int64_t j = 0; j < k; ++j) values.set(empty * k + j, -inf);
-  student.set(row('i') * V + 5, -inf);  // the label
+  student.set(row(labelled ? 'i' : 'f') * V + 5, -inf);  // the label
+  student.set(row('i') * V + 0, -inf);                   // the first that a thread sees
+  const int64_t underflow = row('f');
+  student.set(underflow * V + 31, -inf);
+  values.set(underflow * k + 1, -1e4);
   const int64_t alone = row(bucket ? 'i' : 'f');
   all_students(alone, -inf, false);
   labels.as<int64_t>()[alone] = 63;
@@ -196,11 +201,12 @@ void special_rows(TopkTail tail) {
   call.kd.grad = view(grad, R, V);
   call.kd.rows = R;
   call.kd.columns = call.kd.grad_columns = V;
-  call.kd.labels = labels.as<int64_t>();
+  call.kd.labels = labelled ? labels.as<int64_t>() : nullptr;
   call.kd.weight = {nullptr, false, 1};
   call.kd.temperature = {nullptr, false, 1};
   call.kd.kd_divisor = call.kd.ce_divisor = {nullptr, false, 1};
-  call.kd.ce_part = call.kd.kd_part = 0.5;
+  call.kd.kd_part = labelled ? 0.5 : 1;
+  call.kd.ce_part = 1 - call.kd.kd_part;
   call.kd.ignore_index = -100;
   call.kd.losses = losses.as<double>();
   call.indices = ids.data();
@@ -210,7 +216,8 @@ void special_rows(TopkTail tail) {
   launch_topk_kd(call, {}, 32);
 
   for (int64_t i = 0; i < R; ++i) {
-    const std::string text = "topk tail " + std::to_string(int(tail)) + " special row " + std::to_string(i);
+    const std::string text = "topk tail " + std::to_string(int(tail)) + (labelled ? " labelled" : "") +
+                             " special row " + std::to_string(i);
     const double loss = losses.get(i);
     const bool is_nan = std::isnan(loss), is_inf = loss == INFINITY;
     expect(expected[i] == 'n' ? is_nan : expected[i] == 'i' ? is_inf : !is_nan && !is_inf, text + " loss");
@@ -230,14 +237,51 @@ void special_rows(TopkTail tail) {
       if (!entries.count(v)) outside.push_back(s[v]);
     }
     const double lse = log_sum(s), lse_t = renormalize ? log_sum(t) : 0;
-    double exact = 0.5 * (lse - s[labels.as<int64_t>()[i]]), mass = 0;
+    double exact = labelled ? 0.5 * (lse - s[labels.as<int64_t>()[i]]) : 0, mass = 0;
+    const double share = call.kd.kd_part;
     for (const auto& [v, x] : entries) {
-      exact += 0.5 * std::exp(x - lse_t) * (x - lse_t - (s[v] - lse));
-      mass += std::exp(x - lse_t);
+      const double q = std::exp(x - lse_t);
+      if (q != 0) exact += share * q * (x - lse_t - (s[v] - lse));
+      mass += q;
     }
-    if (bucket) exact += 0.5 * (1 - mass) * (std::log(1 - mass) - (log_sum(outside) - lse));
+    if (bucket) exact += share * (1 - mass) * (std::log(1 - mass) - (log_sum(outside) - lse));
     expect_close(loss, exact, 4e-6 * (1 + std::fabs(exact)), text + " value");
   }
+}
+
+// The entries are all columns, with less than all of the mass: there is no tail for a bucket.
+void covered() {
+  const int64_t V = 5;
+  Buffer student(DType::kFloat32, V), values(DType::kFloat32, V), losses(DType::kFloat64, 1), ids(DType::kFloat64, V);
+  std::vector<double> s(V);
+  double exact = 0;
+  for (int64_t v = 0; v < V; ++v) {
+    student.set(v, 0.3 * double(v));
+    s[v] = student.get(v);
+    values.set(v, -2 - 0.1 * double(v));
+    ids.as<int64_t>()[v] = V - 1 - v;
+  }
+  for (int64_t v = 0; v < V; ++v) {
+    const double log_q = values.get(V - 1 - v);
+    exact += std::exp(log_q) * (log_q - (s[v] - log_sum(s)));
+  }
+  TopkCall call = {};
+  call.kd.student = view(student, 1, V);
+  call.kd.teacher = view(values, 1, V);
+  call.kd.rows = 1;
+  call.kd.columns = call.kd.grad_columns = V;
+  call.kd.weight = {nullptr, false, 1};
+  call.kd.temperature = {nullptr, false, 1};
+  call.kd.kd_divisor = call.kd.ce_divisor = {nullptr, false, 1};
+  call.kd.kd_part = 1;
+  call.kd.ignore_index = -100;
+  call.kd.losses = losses.as<double>();
+  call.indices = ids.data();
+  call.wide_indices = true;
+  call.tail = TopkTail::kBucket;
+  call.entries = V;
+  launch_topk_kd(call, {});
+  expect_close(losses.get(0), exact, 1e-6, "topk of all columns");
 }
 
 void all(const char*) {
@@ -251,7 +295,12 @@ void all(const char*) {
     solve({f32, f32, 3, 1100, 0, 270, tail, 1, 0.4, 0.2, true, true, true, 512});
     solve({f32, f32, 1, 999, 0, 1, tail, 1, 0, 0, false});
   }
-  for (const TopkTail tail : {TopkTail::kRenormalize, TopkTail::kZero, TopkTail::kBucket}) special_rows(tail);
+  for (const TopkTail tail : {TopkTail::kRenormalize, TopkTail::kZero, TopkTail::kBucket}) {
+    special_rows(tail, false);
+    special_rows(tail, true);
+  }
+  covered();
+  solve({f32, f32, 1, 200'000, 0, 4, TopkTail::kZero, 1, 0, 0, false});  // more bits than "tiny" has room for
   solve({f32, f32, 2, 1500, 0, 8, TopkTail::kRenormalize, 2, 0.3});
   solve({f64, f64, 2, 300, 0, 8, TopkTail::kRenormalize, 3.5, 0.3, 0.1, true, false, true, 32});
   solve({f32, f32, 2, 300, 0, 8, TopkTail::kRenormalize, 1, 1.0});  // the teacher is not read
