@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 
 from fasttransfer.checks import check_tensor, checks_requested, hides_gradient, shape, values_visible
 from fasttransfer.kd_arguments import (
@@ -21,6 +20,7 @@ from fasttransfer.kd_arguments import (
 from fasttransfer.kd_stats import kd_stats
 from fasttransfer.ops.sharded import ShardedFunction, Shards, all_gather, distill_shards
 from fasttransfer.sharded_params import chunk, is_dtensor, replicated
+from fasttransfer.untraced import untraced
 
 _ANY_COLUMN = 2**63 - 1
 
@@ -106,7 +106,7 @@ def _check_shards(student: Tensor, teacher: Tensor, vocab_size: int | None) -> N
         raise ValueError(f"vocab_size must be at least 2, got {vocab_size}")
 
 
-@_disable_dynamo  # torch.compiler.disable would import Dynamo with the package: as long again as importing torch
+@untraced
 def distill_columns(
     student: Tensor,
     teacher: Tensor,

@@ -18,7 +18,7 @@ from fasttransfer.checks import (
     values_visible,
 )
 from fasttransfer.l2sp_sharded import add_grad_over_ranks_, is_split, parts_here, value_over_ranks
-from fasttransfer.l2sp_stream import StreamedL2SPFunction, blocks, streamed_value, total, untraced
+from fasttransfer.l2sp_stream import StreamedL2SPFunction, blocks, outside_of_graphs, streamed_value, total
 from fasttransfer.memory import written_once
 from fasttransfer.names import Collection, Tensors, collect, match
 from fasttransfer.ops.blend import blend_inplace_op
@@ -189,10 +189,10 @@ def penalty_of(selected: Selection) -> Tensor:
         return value_over_ranks(selected, penalty_of)
     if hides_gradient(params) or (torch.is_grad_enabled() and any(p.requires_grad for p in params)):
         if away:
-            return untraced(StreamedL2SPFunction.apply, start, strength, importance, *params)
+            return outside_of_graphs(StreamedL2SPFunction.apply, start, strength, importance, *params)
         return L2SPFunction.apply(start, strength, importance, *params)
     lists = params, start, strength, importance
-    return untraced(streamed_value, *lists) if away else l2sp_value_op(*lists)
+    return outside_of_graphs(streamed_value, *lists) if away else l2sp_value_op(*lists)
 
 
 @torch.no_grad()
@@ -236,7 +236,7 @@ def add_grad_of_(
         read = [[t for t in row if t is not None] for row in zip(*columns, strict=True)]
         written_once(labels, grads, read, [object() for _ in labels])
     given = selected, grads, accumulate, scale, scale_tensor
-    value = untraced(_add_grad_, *given) if selected.away else _add_grad_(*given)
+    value = outside_of_graphs(_add_grad_, *given) if selected.away else _add_grad_(*given)
     for p, g, had in zip(params, grads, accumulate, strict=True):
         if not had:
             p.grad = g
@@ -271,7 +271,7 @@ def prox_of_(selected: Selection, lr: float | Sequence[float]) -> None:
     sizes = [lr] * len(selected.params) if isinstance(lr, float) else list(lr)
     steps = [2 * size * weight for size, weight in zip(sizes, selected.strength, strict=True)]
     if selected.away:
-        return untraced(_prox_, selected, steps)
+        return outside_of_graphs(_prox_, selected, steps)
     _prox_(selected, steps)
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo
 
 from fasttransfer.checkpoint_files import BLENDED, Entry, FileVersion, open_checkpoint
+from fasttransfer.untraced import untraced
 
 
 class StartFile(nn.Module):
@@ -52,7 +52,7 @@ class StartFile(nn.Module):
         self._versions = {shard.path: shard.version for shard in checkpoint.shards if shard.path in used}
         self._headers = {shard.path.name: shard.digest for shard in checkpoint.shards if shard.path in used}
 
-    @_disable_dynamo  # which cannot trace a memory map: a graph break
+    @untraced  # a memory map
     def tensors(self) -> dict[str, Tensor]:
         """By name: views of the files' pages, which the system reads when they are used and drops when it likes.
 

@@ -23,7 +23,7 @@ from fasttransfer.l2sp import Selection, add_grad_of_, penalty_of, prox_of_
 from fasttransfer.l2sp_file import StartFile
 from fasttransfer.l2sp_sharded import is_split, parts_here
 from fasttransfer.names import by_name, check_patterns, collect, matches
-from fasttransfer.ops.l2sp import difference
+from fasttransfer.ops.l2sp import l2sp_value_op
 from fasttransfer.ops.library import accumulator
 from fasttransfer.sharded_params import is_dtensor, like, reshard, sum_over_ranks
 from fasttransfer.tensor_tree import TensorTree, split_name, tree_of
@@ -230,7 +230,7 @@ class L2SP(nn.Module):
         found: list[Tensor] = []
         for run, points, _ in started.here():
             rows = zip(started.params[run], points, strict=True)
-            found += [torch.linalg.vector_norm(difference(p, p0)) for p, p0 in rows]
+            found += [l2sp_value_op([p], [p0], [1.0], []).sqrt() for p, p0 in rows]
         if split:
             squares = torch.stack([norm.to(accumulator(norm)).square() for norm in found])
             norms = sum_over_ranks(squares, owners).sqrt()

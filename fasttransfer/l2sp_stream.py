@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 
 from fasttransfer.ops.l2sp import _grad, l2sp_grad_op, l2sp_value_op
 from fasttransfer.ops.library import accumulator
+from fasttransfer.untraced import untraced
 
 BLOCK_BYTES = 64 << 20  # of a block, unless one parameter's constants take more
 _ALIGNMENT = 256
@@ -164,9 +164,9 @@ class CudaLane(Lane):
         self.main.wait_stream(self.side)
 
 
-@_disable_dynamo
-def untraced(f: Callable[..., R], *args: Any) -> R:
-    """``f(*args)``; a graph break, as the compiler cannot trace streams and buffers."""
+@untraced
+def outside_of_graphs(f: Callable[..., R], *args: Any) -> R:
+    """``f(*args)``: the compiler cannot trace streams and buffers."""
     return f(*args)
 
 

@@ -130,24 +130,26 @@ def kfold_search(
     ``lightgbm.cv`` do); early stopping looks at the mean over the folds. One fold's own best round would be chosen by
     its own noise, and would not say how long to train on all data::
 
-        def fit(strength, train, validation):
-            torch.manual_seed(0)
+        def training(strength, samples):  # the model after each round
             model = copy.deepcopy(pretrained)
-            reg = L2SP(model, strength)
             optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+            L2SP(model, strength).attach(optimizer)
             while True:
-                for batch in train[torch.randperm(len(train))].split(32):
+                for batch in samples[torch.randperm(len(samples))].split(32):
                     optimizer.zero_grad()
                     F.cross_entropy(model(x[batch]), y[batch]).backward()
-                    reg.add_grad_()
                     optimizer.step()
+                yield model
+
+        def fit(strength, train, validation):
+            for model in training(strength, train):
                 with torch.no_grad():
                     accuracy = (model(x[validation]).argmax(1) == y[validation]).float().mean()
                 yield accuracy
 
         found = kfold_search(fit, [1.0, 0.1, 0.01, 0.0], y)
-        everything = torch.arange(len(y))
-        ...  # train on everything with found.best for found.rounds rounds
+        models = training(found.best, torch.arange(len(y)))  # on everything, as long as was best
+        *_, model = itertools.islice(models, found.rounds)
 
     Args:
         fit: A generator function ``fit(value, train, validation)`` that trains on the samples ``train`` and yields a

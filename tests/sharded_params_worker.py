@@ -6,6 +6,7 @@ Each against a single process: the same model, whole, on every rank. All ranks d
 from __future__ import annotations
 
 import copy
+import tempfile
 
 import pytest
 import torch
@@ -280,6 +281,28 @@ def outermost_module_that_is_gathered(ranks):
             same(model(x), whole(x))
         same(model(x), whole(x))
     assert any(isinstance(p, DTensor) for p in L2SP(model, 1.0).start.tensors().values())
+
+
+@case
+def start_points_in_a_checkpoint(ranks):
+    """Each rank maps the files and takes its slices."""
+    pytest.importorskip("safetensors")
+    from safetensors.torch import save_file
+
+    whole, model = pair(fully_shard)
+    with tempfile.TemporaryDirectory() as folder:
+        save_file((start := moved(whole)).state_dict(), f"{folder}/a.safetensors")
+        exact, ours = L2SP(whole, 0.5, start=start), L2SP(model, 0.5, start=folder)
+        for r in (exact, ours):
+            r().backward()
+        same(ours.add_grad_(), exact.add_grad_())
+        for p, e in zip(model.parameters(), whole.parameters(), strict=True):
+            same(p.grad, e.grad)
+        for name, e in exact.distance().items():
+            same(ours.distance()[name], e, name)
+        ours.prox_(0.3)
+    exact.prox_(0.3)
+    same_models(model, whole)
 
 
 # ------------------------------------------------------------------------------------------------------ blend, EMA

@@ -91,6 +91,21 @@ flat_student_logits = torch.randn(30, 20, requires_grad=True)
 student_features, teacher_features = torch.randn(2, 5, student_width), torch.randn(2, 5, teacher_width)
 attention_mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
 """,
+    "l2sp.md": """
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.backbone(x).relu())
+
+torch.manual_seed(0)
+model, pretrained = Net(), Net()
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+loader = [(torch.randn(32, 6), torch.randint(3, (32,))) for _ in range(3)]
+""",
     "choosing.md": """
 class Source(nn.Module):
     def __init__(self):
@@ -105,7 +120,7 @@ source, images, labels = sources["a"], torch.randn(30, 5), torch.arange(30) % 3
 loader = [(images, labels)]
 """,
 }
-NEEDS = {"distillation.md": "safetensors", "blending.md": "safetensors"}
+NEEDS = {"distillation.md": "safetensors", "blending.md": "safetensors", "l2sp.md": "safetensors"}
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
