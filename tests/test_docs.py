@@ -119,8 +119,26 @@ sources = {"a": Source(), "b": Source()}
 source, images, labels = sources["a"], torch.randn(30, 5), torch.arange(30) % 3
 loader = [(images, labels)]
 """,
+    "integrations.md": """
+class Backbone(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer1, self.layer2 = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU()), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.layer2(self.layer1(x))
+
+pretrained = Backbone().state_dict()
+student, teacher = nn.Linear(5, 3), nn.Sequential(Backbone(), nn.Linear(8, 3))
+loader = validation_loader = torch.utils.data.DataLoader([(torch.randn(5), i % 3) for i in range(24)], 8)
+""",
 }
-NEEDS = {"distillation.md": "safetensors", "blending.md": "safetensors", "l2sp.md": "safetensors"}
+NEEDS = {
+    "distillation.md": ("safetensors",),
+    "blending.md": ("safetensors",),
+    "l2sp.md": ("safetensors",),
+    "integrations.md": ("lightning",),
+}
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -128,8 +146,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 def test_blocks_run(page, tmp_path, monkeypatch):
     if page.name in ELSEWHERE:
         pytest.skip(f"runs on several ranks, in {ELSEWHERE[page.name]}")
-    if page.name in NEEDS:
-        pytest.importorskip(NEEDS[page.name])
+    for library in NEEDS.get(page.name, ()):
+        pytest.importorskip(library)
     monkeypatch.chdir(tmp_path)
     text = page.read_text()
     blocks = list(BLOCK.finditer(text))

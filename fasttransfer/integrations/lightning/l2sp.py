@@ -137,7 +137,7 @@ class L2SPCallback(Callback):
         if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
             scale = scaler._get_scale_async()  # on the device: no wait
         if self.l2sp is not None:
-            self.l2sp.add_grad_for_(optimizer, grad_scale=scale)
+            self.l2sp.add_grad_for_(optimizer, grad_scale=scale, over_ranks=False)
 
     def _after_step(self, optimizer: Any, *_: Any) -> None:
         if self.l2sp is not None and has_gradients(optimizer):
