@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fasttransfer import fast_lists
 from fasttransfer.checks import FLOATS, check_choice, check_count, check_flag, check_number, shape
-from fasttransfer.names import collect
+from fasttransfer.names import Collection, collect
 from fasttransfer.ops.blend import blend_inplace_op
 from fasttransfer.sharded_params import any_dtensor, count_writes, is_dtensor, parts, reshard
 from fasttransfer.tensor_tree import TensorTree, split_name
@@ -92,7 +92,8 @@ class EMA(nn.Module):
             raise TypeError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype}")
         self.buffer_mode = check_choice("buffers", buffers, _BUFFERS)
         self.capturable = check_flag("capturable", capturable)
-        found = _collect(model)
+        collected = _collect(model)
+        found = collected.tensors
         _check_home(found, device)
         averaged = {name: t for name, t in found.items() if t.dtype in FLOATS}
         if not averaged:
@@ -113,6 +114,8 @@ class EMA(nn.Module):
             "n_averaged", torch.zeros((), dtype=torch.int64, device=first.device if capturable else "cpu")
         )
         self._parameters_of_model = frozenset(collect("model", model).tensors)
+        # The other names of tied tensors, under which AveragedModel saves them a second time.
+        self._other_names = frozenset(collected.aliases) - found.keys()
         self._known: tuple[Any, list[tuple[nn.Module, str, str]]] | None = None
 
     # --------------------------------------------------------------------------------------------- updating
@@ -159,7 +162,8 @@ class EMA(nn.Module):
             )
             s = n - (self.update_after_step + 1)
             decay = torch.clamp(self._warmed(s.clamp_min(0)), self.min_decay, max(self.decay, self.min_decay))
-            return torch.where(s <= 0, 0.0, decay).float()
+            # As wide as it is: 0.999 in float32 makes 1 - d wrong by 1e-5 of itself, in an average of float64 too.
+            return torch.where(s <= 0, 0.0, decay)
         self.n_averaged += 1
         s = int(self.n_averaged) - self.update_after_step - 1
         if s <= 0:
@@ -222,43 +226,54 @@ class EMA(nn.Module):
     ) -> Any:
         """Load a state of this class, of ``AveragedModel``, or of diffusers' ``EMAModel``.
 
-        That of diffusers holds its parameters as a list in the order of ``model.parameters()``, and its own schedule,
-        which is taken over; it knows no buffers, which stay as they are.
+        Tied tensors that a state holds under each of their names are taken from the first. A state of diffusers holds
+        its parameters as a list in the order of ``model.parameters()``, and its own schedule, which is taken over; it
+        knows no buffers, which stay as they are. What it does not say (of the schedule) stays too.
 
         Raises:
-            ValueError: A list of another length or with other shapes.
+            TypeError, ValueError: A state of diffusers without ``optimization_step``, with a list of another length or
+                with other shapes, or with a schedule out of range. Nothing has changed then.
             RuntimeError: As ``nn.Module.load_state_dict``.
         """
         if "shadow_params" not in state_dict:
+            others = {f"module.{name}" for name in self._other_names}
+            state_dict = {key: t for key, t in state_dict.items() if key not in others}
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
-        names = [name for name in self.module.tensors() if name in self._parameters_of_model]
-        shadow: Sequence[Tensor] = state_dict["shadow_params"]
-        if len(shadow) != len(names):
-            raise ValueError(
-                f"shadow_params holds {len(shadow)} tensors, the model has {len(names)} parameters"
-            )
         averages = self.module.tensors()
-        for name, t in zip(names, shadow, strict=True):
-            if t.shape != averages[name].shape:
-                raise ValueError(
-                    f"shadow_params has {shape(t)} for {name!r} of shape {shape(averages[name])}"
-                )
+        names = [name for name in averages if name in self._parameters_of_model]
+        shown = _shadows(state_dict["shadow_params"], {name: averages[name] for name in names})
+        schedule = self._schedule_of(state_dict)
+        if "optimization_step" not in state_dict:
+            raise ValueError(
+                "the state has shadow_params, but no optimization_step: how many updates there were"
+            )
+        count = check_count("optimization_step", state_dict["optimization_step"], 0)
         with torch.no_grad():
-            shown = dict(zip(names, shadow, strict=True))
             _copy_(
                 {name: averages[name] for name in names},
                 shown,
                 "the average of {!r}",
                 "shadow_params of {!r}",
             )
-            self.n_averaged.fill_(int(state_dict["optimization_step"]))
-        self.decay = float(state_dict.get("decay", self.decay))
-        self.min_decay = float(state_dict.get("min_decay", self.min_decay))
-        self.update_after_step = int(state_dict.get("update_after_step", self.update_after_step))
-        self.warmup = "power" if state_dict.get("use_ema_warmup", False) else "ratio"
-        self.inv_gamma = float(state_dict.get("inv_gamma", self.inv_gamma))
-        self.power = float(state_dict.get("power", self.power))
+            self.n_averaged.fill_(count)
+        for name, value in schedule.items():
+            setattr(self, name, value)
         return nn.modules.module._IncompatibleKeys([], [])
+
+    def _schedule_of(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """The attributes that a state of diffusers sets."""
+        return {
+            "decay": check_number("decay", state.get("decay", self.decay), 0, 1),
+            "min_decay": check_number("min_decay", state.get("min_decay", self.min_decay), 0, 1),
+            "update_after_step": check_count(
+                "update_after_step", state.get("update_after_step", self.update_after_step), 0
+            ),
+            "warmup": "power"
+            if check_flag("use_ema_warmup", state.get("use_ema_warmup", False))
+            else "ratio",
+            "inv_gamma": check_number("inv_gamma", state.get("inv_gamma", self.inv_gamma), 0, open_low=True),
+            "power": check_number("power", state.get("power", self.power), 0, open_low=True),
+        }
 
     def diffusers_state_dict(self) -> dict[str, Any]:
         """What ``diffusers.training_utils.EMAModel.load_state_dict`` takes.
@@ -288,10 +303,10 @@ class EMA(nn.Module):
     def _values(self, model: nn.Module) -> dict[str, Tensor]:
         """The model's tensors by name, looked up in the modules that hold them: they may have been replaced."""
         if self._known is None or self._known[0] is not model:
-            _collect(model)
+            names = _collect(model).tensors
             owners = dict(model.named_modules(remove_duplicate=False))
             places = []
-            for name in collect("model", model, buffers=True).tensors:
+            for name in names:
                 path, leaf = split_name(name)
                 places.append((owners[path], leaf, name))
             self._known = (model, places)
@@ -304,10 +319,24 @@ class EMA(nn.Module):
         return state
 
 
-def _collect(model: Any) -> dict[str, Tensor]:
+def _collect(model: Any) -> Collection:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    return collect("model", model, buffers=True).tensors
+    return collect("model", model, buffers=True)
+
+
+def _shadows(shadows: Any, averages: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """diffusers' list by the names of the averages of parameters."""
+    if not isinstance(shadows, (list, tuple)) or not all(isinstance(t, Tensor) for t in shadows):
+        raise TypeError("shadow_params must be a list of tensors")
+    if len(shadows) != len(averages):
+        raise ValueError(
+            f"shadow_params holds {len(shadows)} tensors, the model has {len(averages)} parameters"
+        )
+    for (name, average), t in zip(averages.items(), shadows, strict=True):
+        if t.shape != average.shape:
+            raise ValueError(f"shadow_params has {shape(t)} for {name!r} of shape {shape(average)}")
+    return dict(zip(averages, shadows, strict=True))
 
 
 def _average_dtype(t: Tensor) -> torch.dtype:

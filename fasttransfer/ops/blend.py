@@ -39,8 +39,8 @@ def _combine(
     for s, w in counted[1:]:
         source = source + (s - first) * w
     if isinstance(alpha, Tensor):
-        alpha = alpha.to(dtype)
-        inner = torch.where(alpha >= 0.5, t + (source - t) * (1 - alpha), source + (t - source) * alpha)
+        alpha, rest = alpha.to(dtype), (1 - alpha).to(dtype)  # 1 - 0.999 before it is rounded
+        inner = torch.where(alpha >= 0.5, t + (source - t) * rest, source + (t - source) * alpha)
         return torch.where(alpha == 1, t, torch.where(alpha == 0, source, inner))
     if alpha in (0, 1):
         return t if alpha == 1 else source
