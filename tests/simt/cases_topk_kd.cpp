@@ -148,7 +148,7 @@ void solve(const Spec& spec) {
 // inf.
 // Without labels the distillation part alone.
 void special_rows(TopkTail tail, bool labelled) {
-  const int64_t V = 64, k = 4, R = 18;
+  const int64_t V = 64, k = 4, R = 19;
   const bool renormalize = tail == TopkTail::kRenormalize, bucket = tail == TopkTail::kBucket;
   const float inf = INFINITY;
   Buffer student(DType::kFloat32, R * V), grad(DType::kFloat32, R * V), values(DType::kFloat32, R * k);
@@ -181,6 +181,9 @@ void special_rows(TopkTail tail, bool labelled) {
   student.set(row('n') * V + 40, inf);
   student.set(row('n') * V + 32, NAN);
   all_students(row('n'), -inf, true);
+  const int64_t neither = row('n');  // no softmax, and no entry that would say so
+  all_students(neither, -inf, true);
+  for (int64_t j = 0; j < k; ++j) ids.as<int64_t>()[neither * k + j] = -1;
   const int64_t nothing = row(renormalize ? 'n' : 'f');
   for (int64_t j = 0; j < k; ++j) ids.as<int64_t>()[nothing * k + j] = -1;
   const int64_t empty = row(renormalize ? 'n' : 'f');
