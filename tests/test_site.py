@@ -115,8 +115,9 @@ def test_markdown_of_the_repository(page, folder, repository, before, after):
 
 def test_docstrings_as_markdown():
     table = "===== =======\nname  meaning\n===== =======\n``a`` first\n      line\n===== ======="
-    drawn = f"As::\n\n    code\n\n{table}\n\nExample:\n    >>> f()"
+    drawn = f"As::\n\n    code\n\n{table}\n\nReturns:\n    A row: it\n    is.\n\nExample:\n    >>> f()"
     assert docstrings.as_markdown(drawn) == (
-        "As:\n\n    code\n\n| name | meaning |\n| --- | --- |\n| ``a`` | first line |\n\nExamples:\n    >>> f()"
+        "As:\n\n    code\n\n| name | meaning |\n| --- | --- |\n| ``a`` | first line |\n\n"
+        "**Returns:**\n\nA row: it\nis.\n\nExamples:\n    >>> f()"
     )
     assert "====" not in docstrings.as_markdown(fasttransfer.kd_loss.__doc__.replace("\n    ", "\n"))

@@ -1,12 +1,16 @@
 """Docstrings as Markdown: what is written in the fashion of Sphinx is rewritten when the site is built.
 
-`text::` before an indented block loses a colon, and a table drawn with rows of `=` becomes one of Markdown.
+`text::` before an indented block loses a colon, a table drawn with rows of `=` becomes one of Markdown, and what is
+returned becomes a paragraph.
 """
 
 from __future__ import annotations
 
 import re
+import textwrap
 
+# Prose here, which Griffe would take up to its first colon for a type.
+RETURNS = re.compile(r"^Returns:\n((?: {4}.*(?:\n|$)|\n)+)", re.MULTILINE)
 RULE = re.compile(r"^=+( +=+)+$")
 
 
@@ -15,6 +19,7 @@ def as_markdown(text: str) -> str:
     text = re.sub(
         r"^Example:$", "Examples:", tables(text), flags=re.MULTILINE
     )  # the heading that Griffe knows
+    text = RETURNS.sub(lambda found: "**Returns:**\n\n" + textwrap.dedent(found[1]), text)
     return re.sub(r"::$", ":", text, flags=re.MULTILINE)
 
 
