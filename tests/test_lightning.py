@@ -365,6 +365,15 @@ def test_unfreezing_is_the_loop():
     assert_same(ours, by_hand(hand, clip=0.3, after=after, at_epoch=at_epoch, epochs=3), 1e-6)
 
 
+def test_the_first_pattern_counts():
+    model = Model()
+    start = weights(model)
+    _, ours = fit(model, StagedUnfreezing({"body.3": 1, "*": 0}))
+    last = {"body.3.weight", "body.3.bias"}
+    assert moved(start, ours[len(BATCHES) - 1]) == set(start) - last
+    assert moved(start, ours[-1]) == set(start)
+
+
 def test_steps():
     """Counted in optimizer steps, and in a part: what is outside of it is left as it is."""
     model = Model()

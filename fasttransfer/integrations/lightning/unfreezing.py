@@ -133,16 +133,8 @@ class StagedUnfreezing(Callback):
         self._waiting = list(self._stages)
         self._thaw(trainer, pl_module)  # the summary of the model is printed now
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Thaw what is due: a resumed run may begin inside of an epoch."""
-        self._thaw(trainer, pl_module)
-
-    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Thaw what is due."""
-        self._thaw(trainer, pl_module)
-
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Thaw what is due."""
+        """Thaw what is due: here, as a resumed run may begin inside of an epoch."""
         self._thaw(trainer, pl_module)
 
     def _thaw(self, trainer: Any, pl_module: Any) -> None:
