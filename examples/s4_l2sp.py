@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 
@@ -29,7 +29,7 @@ from examples.s1_fine_tuning import PER_CLASS, RATE, STEPS, fine_tune
 from examples.seeds import mean_of, over_seeds, points, seeds, summary
 from examples.tables import comparison
 from examples.training import accuracy, new_cnn, pretrained_cnn
-from fasttransfer import L2SP, kfold_search
+from fasttransfer import EMA, L2SP, kfold_search
 
 ROUND = 10  # steps between two looks at the validation fold
 STRENGTHS = (1000.0, 100.0, 10.0)  # lambda; the strongest first, which wins a tie
@@ -43,29 +43,54 @@ Rounds = Callable[[nn.Module, Split, float], Iterator[nn.Module]]
 
 
 def l2sp(
-    model: nn.Module, data: Split, strength: float, start: nn.Module | None = None
+    model: nn.Module,
+    data: Split,
+    strength: float,
+    *,
+    start: nn.Module | None = None,
+    importance: Mapping[str, torch.Tensor] | None = None,
+    by: str = "prox",
 ) -> Iterator[nn.Module]:
     """Fine-tuning pulled towards where it starts; the model after each round."""
-    pull = L2SP(model, strength, start=start)
-    optimizer = torch.optim.Adam(model.parameters(), lr=RATE, fused=True)
+    pull = L2SP(model, strength, start=start, importance=importance)
+    optimizer = adamw(model)
+    pull.attach(optimizer, by=by)  # "prox": after the step, since Adam would rescale a gradient
     while True:
         for _ in range(ROUND):
-            optimizer.zero_grad()
-            F.cross_entropy(model(data.images), data.labels).backward()
-            optimizer.step()
-            pull.prox_(RATE)  # after the step: Adam would rescale a gradient
+            step(model, data, optimizer)
         yield model
+
+
+def averaged(model: nn.Module, data: Split, decay: float) -> Iterator[nn.Module]:
+    """Fine-tuning, and the moving average of its weights after each round."""
+    ema, optimizer, average = EMA(model, decay), adamw(model), copy.deepcopy(model)
+    while True:
+        for _ in range(ROUND):
+            step(model, data, optimizer)
+            ema.update(model)
+        ema.copy_to(average)
+        yield average
 
 
 def weight_decay(model: nn.Module, data: Split, decay: float) -> Iterator[nn.Module]:
     """Fine-tuning pulled towards zero."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=decay, fused=True)
+    optimizer = adamw(model, decay)
     while True:
         for _ in range(ROUND):
-            optimizer.zero_grad()
-            F.cross_entropy(model(data.images), data.labels).backward()
-            optimizer.step()
+            step(model, data, optimizer)
         yield model
+
+
+def adamw(model: nn.Module, decay: float = 0.0) -> torch.optim.Optimizer:
+    """AdamW; its own decay, which pulls towards zero, is off unless asked for."""
+    return torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=decay, fused=True)
+
+
+def step(model: nn.Module, data: Split, optimizer: torch.optim.Optimizer) -> None:
+    """One step on all of the labels."""
+    optimizer.zero_grad()
+    F.cross_entropy(model(data.images), data.labels).backward()
+    optimizer.step()
 
 
 def cross_validated(

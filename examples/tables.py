@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich import box
@@ -29,15 +29,7 @@ def comparison(
     """
     notes = notes or {}
     compared = next(iter(baselines.values()))
-    grid = Table(
-        title=title,
-        caption=f"gains in points, seeds won; verdict: {compared}, by 7 of 8 seeds",
-        caption_justify="left",
-        title_justify="left",
-        min_width=max(min(len(title), 100), 68),  # or the title would be wrapped
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
+    grid = _grid(title, f"gains in points, seeds won; verdict: {compared}, by 7 of 8 seeds")
     grid.add_column(first, no_wrap=True)
     for header in (*figures.values(), *baselines.values(), "verdict"):
         grid.add_column(header, justify="right", no_wrap=True)
@@ -48,6 +40,40 @@ def comparison(
         cells += [gain(against[base]) if base in against else "[dim]–[/]" for base in baselines]
         grid.add_row(name, *cells, notes.get(name) or in_words(against.get(next(iter(baselines)))))
     return grid
+
+
+def against_controls(title: str, methods: Mapping[str, Any], pairs: Iterable[tuple[str, str]]) -> Table:
+    """A line per pair of a method and its own control, in methods as `seeds.summary` gives them."""
+    grid = _grid(title, "gain in points, seeds won; verdict by 7 of 8 seeds")
+    for header in ("method", "against"):
+        grid.add_column(header, no_wrap=True)
+    for header in ("target", "control", "gain", "source", "verdict"):
+        grid.add_column(header, justify="right", no_wrap=True)
+    for name, control in pairs:
+        against = methods[name]["against"][control]
+        grid.add_row(
+            name,
+            control,
+            f"[bold]{plus_minus(methods[name]['target'])}[/]",
+            plus_minus(methods[control]["target"]),
+            gain(against),
+            plus_minus(methods[name]["source"]),
+            in_words(against),
+        )
+    return grid
+
+
+def _grid(title: str, caption: str) -> Table:
+    """A table without columns yet."""
+    return Table(
+        title=title,
+        caption=caption,
+        caption_justify="left",
+        title_justify="left",
+        min_width=max(min(len(title), 100), 68),  # or the title would be wrapped
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
 
 
 def in_words(against: Mapping[str, Any] | None) -> str:

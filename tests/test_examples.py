@@ -331,10 +331,10 @@ def test_distillation_fails_on_labels(one_seed):
 
 def test_l2sp_fails_without_the_pull(one_seed):
     class NoPull:
-        def __init__(self, model, strength, start=None):
+        def __init__(self, model, strength, start=None, importance=None):
             pass
 
-        def prox_(self, lr):
+        def attach(self, optimizer, by):
             pass
 
     failures = one_seed(s4_l2sp, L2SP=NoPull).failures
