@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -53,7 +54,8 @@ def blend(
     model soups and WiSE-FT (Wortsman et al. 2022, eq. 1, whose alpha is ``1 - alpha`` here).
 
     Args:
-        target: A tensor, a list, a dict or a module of float32, bfloat16, float16 or float64 tensors.
+        target: A tensor, a list, a dict or a module of float32, bfloat16, float16 or float64 tensors. DTensors are
+            blended part by part, without communication (docs/parallel.md).
         source: The same kind, matched by position, length and shape (list) or by name and shape (dict, module).
             Dtypes may differ from the target's.
         alpha: A number, a one-element tensor (it may require grad, and is not read on the host), or a mapping
@@ -287,7 +289,7 @@ class _Plan:
     def _take_parts(self) -> None:
         """Of tensors that are split over ranks, what is here."""
         given, rows = self.targets, self.rows
-        if not any_dtensor(given) and not any(map(any_dtensor, (*rows, *self.copies))):
+        if not any_dtensor(chain(given, *rows, *self.copies)):
             return
         self.split = given
         labels = [self.given.label(name) for name in self.names]

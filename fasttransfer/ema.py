@@ -25,7 +25,8 @@ class EMA(nn.Module):
 
     The average is kept in float32 (float64 for float64 parameters) whatever the model's dtype: in bfloat16 it would
     stand still as soon as ``(1 - d) * (parameter - average)`` is less than half a unit in its last place. All
-    tensors are averaged in one pass. Tied parameters count once. Integer buffers are copied, never averaged.
+    tensors are averaged in one pass. Tied parameters count once. Integer buffers are copied, never averaged. Of
+    parameters that are DTensors (FSDP2: make it after ``fully_shard``; docs/parallel.md) each rank averages its part.
 
     The decay of update n (n = 1, 2, ...), with ``s = n - update_after_step - 1``::
 

@@ -37,7 +37,8 @@ def l2sp_penalty(
     the start point. Inside a training loop ``l2sp_add_grad_`` does the same without a graph, in one pass.
 
     Args:
-        params: A list, dict or module (or one tensor), of float32, bfloat16, float16 or float64 tensors.
+        params: A list, dict or module (or one tensor), of float32, bfloat16, float16 or float64 tensors. Of DTensors
+            every rank works on its part, and one number is exchanged for the value (docs/parallel.md).
         start: The start points, matched by position, length and shape (list) or by name and shape (dict, module).
             Constants: no gradient flows to them. Their dtypes may differ from the parameters'.
         strength: The lambda, at least 0.

@@ -35,7 +35,8 @@ class L2SP(nn.Module):
     ``strength * sum F (p - p0)^2`` over the parameters that have a start point (F = 1 without an importance), plus
     ``new_strength * sum ||p||^2`` over those that have none. Start points are clones, part of the ``state_dict`` and
     moved by ``.to()``. The model is not registered as a submodule. Frozen parameters (``requires_grad=False`` at the
-    time of the call) are skipped; tied parameters count once.
+    time of the call) are skipped; tied parameters count once. Parameters may be DTensors (FSDP2: make it after
+    ``fully_shard``; docs/parallel.md).
 
     Args:
         model: The model that is fine-tuned. Which of its parameters are penalised is settled here; they are looked up
