@@ -47,7 +47,7 @@ def against_controls(title: str, methods: Mapping[str, Any], pairs: Iterable[tup
     grid = _grid(title, "gain in points, seeds won; verdict by 7 of 8 seeds")
     for header in ("method", "against"):
         grid.add_column(header, no_wrap=True)
-    for header in ("target", "control", "gain", "source", "verdict"):
+    for header in ("target", "its control", "gain", "verdict"):
         grid.add_column(header, justify="right", no_wrap=True)
     for name, control in pairs:
         against = methods[name]["against"][control]
@@ -57,7 +57,6 @@ def against_controls(title: str, methods: Mapping[str, Any], pairs: Iterable[tup
             f"[bold]{plus_minus(methods[name]['target'])}[/]",
             plus_minus(methods[control]["target"]),
             gain(against),
-            plus_minus(methods[name]["source"]),
             in_words(against),
         )
     return grid

@@ -2,6 +2,7 @@
 
 import importlib
 import math
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ from examples import (
 from examples.digits import Split, all_digits, few_labels, in_target_domain, split
 from examples.s5_model_mapping import narrow_cnn
 from examples.seeds import mean_and_spread, paired, points, summary, verdict
-from examples.tables import comparison
+from examples.tables import against_controls, comparison
 from examples.training import new_cnn, pretrained_cnn
 from fasttransfer import logme
 
@@ -239,6 +240,38 @@ def test_comparison_of_a_method_without_a_figure():
     (base,) = (line.split() for line in text.splitlines() if line.split()[:1] == ["base"])
     assert base == ["base", "50.0", "±", "0.0", "–", "baseline"]
     assert "+12.5 1/2" in text
+
+
+def test_against_controls():
+    name, control = s8_cross_domain.FISHER, s8_cross_domain.SHUFFLED
+    by_seed = [{name: {"target": 1.0}, control: {"target": 0.5 + seed / 100}} for seed in range(8)]
+    text = rendered(against_controls("t", summary(by_seed, "target", [control]), [(name, control)]))
+    assert "…" not in text
+    (line,) = (line for line in text.splitlines() if name in line)
+    assert line.split()[-9:] == ["100.0", "±", "0.0", "53.5", "±", "2.4", "+46.5", "8/8", "helps"]
+
+
+def test_shuffled_importance_keeps_its_values():
+    importance = {"a": torch.arange(12.0).view(3, 4), "b": torch.arange(5.0)}
+    found = s8_cross_domain.shuffled(importance, 1)
+    for key, value in importance.items():
+        assert found[key].shape == value.shape
+        assert not torch.equal(found[key], value)
+        assert torch.equal(found[key].flatten().sort().values, value.flatten())
+
+
+def test_averaged_is_the_average_of_the_weights():
+    model, data = new_cnn(0), split(0).pool[:20]
+    found = next(islice(s4_l2sp.averaged(model, data, 0.5), 2, None))
+    again = new_cnn(0)
+    optimizer, average = s4_l2sp.adamw(again), {}
+    for _ in range(30):
+        s4_l2sp.step(again, data, optimizer)
+        average = {
+            key: 0.5 * average.get(key, p) + 0.5 * p.detach().double() for key, p in again.named_parameters()
+        }
+    for key, p in found.named_parameters():
+        torch.testing.assert_close(p.double(), average[key].double(), rtol=1e-4, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------- the parts
