@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
@@ -207,7 +208,9 @@ def replace_head(
         head: The number of outputs: a new ``nn.Linear``, or a convolution with the options of the old one where the
             old head is one, with its inputs, dtype and device, and a bias if it has one. Or a module, used as given.
         name: The head's module name (``"classifier.1"``). Default: the last module, in the order in which they were
-            registered, that has parameters of its own; it must be a linear layer or a convolution.
+            registered, that has parameters of its own; where that is no linear layer or convolution, one of the names
+            that libraries give their heads. It is an error if the model has another head beside it (DeiT's
+            ``head_dist``, Inception's ``AuxLogits.fc``): call once for each, by name.
 
     Returns:
         The parameters that the model did not have before, by their names in the model: for an optimizer group, for
@@ -222,7 +225,7 @@ def replace_head(
     if not isinstance(head, nn.Module):
         head = _check_outputs(head)
     if name is None:
-        name = _last_with_parameters(model)
+        name = _find_head(model)
     old = find_module("name", model, name)
     if old is model:
         raise ValueError("the head is the model itself: there is nothing to replace it in; make a new model")
@@ -272,17 +275,49 @@ def _check_outputs(head: Any) -> int:
     return outputs
 
 
-def _last_with_parameters(model: nn.Module) -> str:
-    owners = [(n, m) for n, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))]
+# For models whose last module with parameters is no head: XLM-RoBERTa registers the head before the body, RemBERT a
+# norm behind it. Names of transformers, timm and torchvision; the longer ones first.
+_HEADS = (
+    "classifier.out_proj", "classifier", "score", "lm_head.decoder", "lm_head", "cls.predictions.decoder", "heads.head",
+    "head.fc", "head", "fc", "last_linear",
+)  # fmt: skip
+# What a name of a second head has in it: aux_head, AuxLogits.fc, head_dist, distillation_classifier, head.0 ...
+_SECOND_HEAD = re.compile(r"aux|head|classifier|(^|[._])(dist|distill|distillation)([._]|$)", re.IGNORECASE)
+
+
+def _find_head(model: nn.Module) -> str:
+    owners = {n: m for n, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))}
     if not owners:
         raise ValueError("model has no parameters, and so no head to find: pass name=")
-    name, last = owners[-1]
-    if not isinstance(last, (nn.Linear, _ConvNd)):
+    last = next(reversed(owners))
+    layers = {n: m for n, m in owners.items() if isinstance(m, (nn.Linear, _ConvNd))}
+    name = last if last in layers else next((n for n in _HEADS if n in layers), None)
+    if name is None:
         raise ValueError(
-            f"the last module with parameters is {name!r}, {_kind(last)}, not a linear layer or a convolution: "
-            "pass name= for the head"
+            f"the last module with parameters is {last!r}, {_kind(owners[last])}, not a linear layer or a "
+            "convolution: pass name= for the head"
+        )
+    others = [n for n, m in layers.items() if n != name and _is_second(model, n, m, name, layers[name])]
+    if others:
+        raise ValueError(
+            f"model has {name!r} and {_some(others)} with as many outputs: if they are heads for the same classes, "
+            "call replace_head for each with name=; if not, pass name= for the head"
         )
     return name
+
+
+def _is_second(model: nn.Module, name: str, layer: nn.Module, head_name: str, head: nn.Module) -> bool:
+    """Whether a layer looks like another head for the classes of ``head``."""
+    if _outputs(layer) != _outputs(head) or not _SECOND_HEAD.search(name):
+        return False
+    parent = name.rpartition(".")[0]
+    # One layer after the other, of one head.
+    in_sequence = isinstance(model.get_submodule(parent), nn.Sequential)
+    return not (in_sequence and parent == head_name.rpartition(".")[0])
+
+
+def _outputs(layer: Any) -> int:
+    return int(layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels)
 
 
 def _like(old: nn.Module, name: str, outputs: int) -> nn.Module:

@@ -417,6 +417,77 @@ def test_models_without_a_head_to_replace():
         replace_head([nn.Linear(2, 3)], 4)
 
 
+def layers(*names, outputs=3):
+    """A stand-in: linear layers of these names, in this order, the last one or two of which are heads."""
+    model = nn.Module()
+    for name in names:
+        *path, leaf = name.split(".")
+        parent = model
+        for part in path:
+            if part not in parent._modules:
+                parent.add_module(part, nn.Module())
+            parent = parent._modules[part]
+        is_norm = "norm" in leaf.lower()
+        wide = name.startswith(("body", "roberta"))
+        parent.add_module(leaf, nn.LayerNorm(7) if is_norm else nn.Linear(7, 7 if wide else outputs))
+    return model
+
+
+# Names in their order of registration, as found in timm 1.0.31, torchvision 0.29.1 and transformers 5.24.0 (once and by
+# hand: these are stand-ins).
+@pytest.mark.parametrize(
+    "names, head",
+    [
+        (("body.layer4", "fc"), "fc"),
+        (("body.blocks", "body.norm", "head"), "head"),
+        (("body.stages", "head.norm", "head.fc"), "head.fc"),
+        (("body.encoder", "heads.head"), "heads.head"),
+        (("body.features", "last_linear"), "last_linear"),
+        (("body.cell", "head.fc.norm", "head.fc.fc2"), "head.fc.fc2"),
+        (("body.bert", "classifier"), "classifier"),
+        (("body.layers", "body.norm", "score"), "score"),
+        (("body.layers", "body.norm", "lm_head"), "lm_head"),
+        (("classifier", "roberta.layer", "roberta.norm"), "classifier"),
+        (("classifier.out_proj", "roberta.layer", "roberta.norm"), "classifier.out_proj"),
+        (("lm_head.decoder", "roberta.layer", "roberta.norm"), "lm_head.decoder"),
+        (("body.layer", "cls.predictions.decoder", "cls.predictions.norm"), "cls.predictions.decoder"),
+        (("body.distilbert.dist_layer", "classifier"), "classifier"),
+    ],
+)
+def test_heads_of_known_names(names, head):
+    model = layers(*names)
+    assert list(replace_head(model, 2)) == [f"{head}.weight", f"{head}.bias"]
+    assert model.get_submodule(head).out_features == 2
+
+
+@pytest.mark.parametrize(
+    "heads",
+    [
+        ("head", "head_dist"),
+        ("head.linear", "head_dist.linear"),
+        ("head.head.l", "head.head_dist.l"),
+        ("aux_head", "head"),
+        ("head.0", "head.1"),
+        ("aux1.fc2", "fc"),
+        ("AuxLogits.fc", "fc"),
+        ("classifier.low_classifier", "classifier.high_classifier"),
+        ("cls_classifier", "distillation_classifier"),
+        ("classifier.linear", "classifier_distill.linear"),
+        ("head", "dist_head"),
+    ],
+)
+def test_a_second_head_is_not_left_behind(heads):
+    model = layers("body.layer", *heads)
+    with pytest.raises(ValueError, match="for each with name="):
+        replace_head(model, 2)
+    assert all(model.get_submodule(head).out_features == 3 for head in heads)
+    for head in heads:
+        replace_head(model, 2, name=head)
+    assert all(model.get_submodule(head).out_features == 2 for head in heads)
+    in_sequence = nn.ModuleDict({"head": nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 3))})
+    assert list(replace_head(in_sequence, 2)) == ["head.2.weight", "head.2.bias"]
+
+
 def test_a_head_that_holds_the_model():
     model = Net()
     with pytest.raises(ValueError, match="holds the model"):
