@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
 from torch.compiler import is_compiling
 
 from fasttransfer.checks import hides_gradient
@@ -34,19 +35,28 @@ class Product(NamedTuple):
 
     def result(self, alpha: float, scale: float) -> Tensor:
         """The blended tensor, differentiable."""
+        if scale == 0:  # of a coefficient of 0 nothing is looked at, but a GEMM may look
+            mapped = self._accumulated(0.0, 1.0)
+            out: Tensor = BlendFunction.apply(1, [alpha], None, [0.0], None, [1.0], self.target, mapped)[0]
+        else:
+            out = self._accumulated(alpha, scale)
+        return (
+            out if self.order is None else out.permute(sorted(range(out.dim()), key=self.order.__getitem__))
+        )
+
+    def _accumulated(self, alpha: float, scale: float) -> Tensor:
         target, left, right, bias = self._operands()
         flat = (torch.addmm if target.dim() == 2 else torch.baddbmm)(
             target, left, right, beta=alpha, alpha=scale
         )
         if bias is not None:
             flat = flat.add_(bias, alpha=scale)
-        out = flat.reshape(self.target.shape)
-        return (
-            out if self.order is None else out.permute(sorted(range(out.dim()), key=self.order.__getitem__))
-        )
+        return flat.reshape(self.target.shape)
 
     def overwrite(self, alpha: float, scale: float) -> None:
         """The target in place."""
+        if scale == 0:
+            return blend_inplace_op([self.target], [self.target], [alpha], None, [0.0], None, [1.0])
         target, left, right, bias = self._operands()
         (target.addmm_ if target.dim() == 2 else target.baddbmm_)(left, right, beta=alpha, alpha=scale)
         if bias is not None:
@@ -58,7 +68,7 @@ class Product(NamedTuple):
         before, after = sizes[: self.dim].numel(), sizes[self.dim + 1 :].numel()
         target, bias = self.target, self.bias
         if after == 1:
-            return target.view(-1, width), self.source.reshape(-1, inner), self.matrix.T, bias
+            return target.view(before, width), self.source.reshape(before, inner), self.matrix.T, bias
         column = None if bias is None else bias[:, None]
         if before == 1:
             return target.view(width, after), self.matrix, self.source.reshape(inner, after), column
@@ -105,7 +115,7 @@ def as_product(transform: Any, source: Tensor, target: Tensor) -> Product | None
     Of 16 bits the product would be rounded before it is added.
     """
     if isinstance(transform, WeightMap):
-        return None if _hooked(transform) else _of_weights(transform, source, target)
+        return _of_weights(transform, source, target) if _as_it_is(transform, WeightMap) else None
     if isinstance(transform, Tensor):
         return _product(target, source, transform, None, source.dim() - 1)
     if _as_it_is(transform, nn.Linear):
@@ -168,7 +178,7 @@ def _product(target: Tensor, source: Tensor, matrix: Tensor, bias: Tensor | None
     if target.is_contiguous():
         return Product(target, source, matrix, bias, dim, None)
     order = (0, *range(2, target.dim()), 1)  # in which channels_last is contiguous
-    if not target.permute(order).is_contiguous():
+    if target.dim() < 2 or not target.permute(order).is_contiguous():
         return None
     return Product(target.permute(order), source.permute(order), matrix, bias, order.index(dim), order)
 
@@ -178,8 +188,11 @@ def _fit(operands: Sequence[Tensor]) -> bool:
     target = operands[0]
     if not _alike(operands):
         return False
-    if not is_compiling() and len({t.untyped_storage().data_ptr() for t in operands}) < len(operands):
-        return False  # it cannot overwrite what it reads
+    if not is_compiling():
+        if peek_interpreter_stack() is not None:  # what torch.func wraps has no memory to compare
+            return False
+        if len({t.untyped_storage().data_ptr() for t in operands}) < len(operands):
+            return False  # it cannot overwrite what it reads
     return target.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(
         target.device.type
     )
@@ -193,13 +206,10 @@ def _alike(tensors: Sequence[Tensor]) -> bool:
 
 
 def _as_it_is(module: Any, kinds: Any) -> bool:
-    """Whether a module does what torch's own of these kinds does, and nothing else."""
+    """Whether a module does what these kinds do, and nothing else."""
     return (
         isinstance(module, kinds)
-        and any(type(module).forward is kind.forward for kind in (nn.Linear, *_CONVOLUTIONS))
-        and not _hooked(module)
+        and any(type(module).forward is kind.forward for kind in (nn.Linear, WeightMap, *_CONVOLUTIONS))
+        and "forward" not in vars(module)  # where accelerate, and others, put theirs
+        and not (module._forward_hooks or module._forward_pre_hooks)
     )
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)

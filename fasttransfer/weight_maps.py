@@ -145,5 +145,7 @@ def along(matrix: Tensor, x: Tensor, dim: int) -> Tensor:
     dtype = torch.promote_types(x.dtype, matrix.dtype)
     x, matrix = x.to(dtype), matrix.to(dtype)
     if dim == 0:
-        return (matrix @ x.flatten(1)).reshape(-1, *x.shape[1:]) if x.dim() > 1 else matrix @ x
-    return x @ matrix.T if x.dim() == 2 else (matrix @ x.flatten(2)).reshape(len(x), -1, *x.shape[2:])
+        return (matrix @ x.flatten(1)).reshape(len(matrix), *x.shape[1:]) if x.dim() > 1 else matrix @ x
+    return (
+        x @ matrix.T if x.dim() == 2 else (matrix @ x.flatten(2)).reshape(len(x), len(matrix), *x.shape[2:])
+    )

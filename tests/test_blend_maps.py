@@ -186,13 +186,49 @@ def test_what_is_no_product(backend):
         def forward(self, x):
             return super().forward(x) * 2
 
-    for layer in (hooked, Own(4, 4, 1), Own(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1, groups=2)):
+    patched, point = ConvMap(4, 4), ConvMap(4, 4)
+    patched.forward = lambda x: point(x) - 1  # as accelerate does
+    for layer in (hooked, Own(4, 4, 1), Own(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1, groups=2), patched):
         torch.testing.assert_close(blend(t, s, 0.25, transform=layer), 0.25 * t + 0.75 * layer(s))
     layer = ConvMap(4, 4, bias=False)
     expected = 0.25 * s + 0.75 * layer(s).detach()
     torch.testing.assert_close(blend_(s, s, 0.25, transform=layer), expected)
     with torch.autocast("cpu", torch.bfloat16):
         assert blend(t, t.clone(), 0.25, transform=layer).dtype == F32
+
+
+class Halved(WeightMap):
+    def forward(self, weight):
+        return super().forward(weight) / 2
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_sizes_and_values_at_the_edge(backend, inplace):
+    """Widths of 0; one dimension with a stride; a forward of a WeightMap's own; a source that counts nothing."""
+    call = blend_ if inplace else blend
+    a, b, point = torch.randn(4, 5), torch.randn(3, 2), ConvMap(5, 4)
+    for target, source, transform in (
+        (torch.randn(4, 0), torch.randn(5, 0), WeightMap(a)),
+        (torch.randn(4, 2, 3), torch.randn(0, 3, 3), WeightMap(torch.randn(4, 0), b)),
+        (torch.randn(0, 2, 3), torch.randn(5, 3, 3), WeightMap(torch.randn(0, 5), b)),
+        (torch.randn(3, 4), torch.randn(3, 0), torch.randn(4, 0)),
+        (torch.randn(3, 0), torch.randn(3, 5), torch.randn(0, 5)),
+        (torch.randn(8)[::2], torch.randn(5), a),
+        (torch.randn(8)[::2], torch.randn(5), WeightMap(a)),
+        (torch.randn(4, 2), torch.randn(5, 3), Halved(a, b)),
+    ):
+        mapped = source @ transform.T if isinstance(transform, torch.Tensor) else transform(source)
+        expected = 0.25 * target + 0.75 * mapped
+        torch.testing.assert_close(call(target, source, 0.25, transform=transform), expected)
+    with torch.no_grad():
+        point.bias[0] = torch.nan
+    kernel = torch.full((5, 3, 3), torch.nan)
+    for layout in (torch.contiguous_format, LAST):
+        t, s = torch.randn(2, 4, 3, 3).to(memory_format=layout), torch.full((2, 5, 3, 3), torch.nan)
+        assert torch.equal(call(t.clone(), s, 1.0, transform=point), t)
+        assert torch.equal(call(t.clone(), s, 0.5, source_scale=0.0, transform=point), 0.5 * t)
+    t = torch.randn(4, 2, 3)
+    assert torch.equal(call(t.clone(), kernel, 1.0, transform=WeightMap(a, b)), t)
 
 
 def test_compiled(backend):
