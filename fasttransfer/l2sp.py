@@ -295,9 +295,11 @@ def _prox_run_(
             )
     for i, (p, p0) in enumerate(zip(params, start, strict=True)):
         if weighed[i]:
-            # Element by element: of h F/(1 + h F), which stays below 1, to the start point.
+            # Element by element, around what counts more: the other's rounding errors stay small.
             f = importance[i]
             assert f is not None
+            assert p0 is not None
             dtype = compute_dtype(p, p0, f)
-            share = 1 - 1 / (1 + steps[i] * f.to(dtype))
-            p.copy_(p.to(dtype) - share * difference(p, p0))
+            h = min(steps[i], torch.finfo(dtype).max) * f.to(dtype)
+            share, d = 1 / (1 + h), difference(p, p0).to(dtype)
+            p.copy_(torch.where(share < 0.5, p0.to(dtype) + share * d, p.to(dtype) - h * share * d))

@@ -76,7 +76,11 @@ class StartFile(nn.Module):
         Raises:
             ValueError: They have other headers.
         """
-        if dict(state["headers"]) != self._headers:
+        if not isinstance(state, Mapping) or "path" not in state:
+            raise ValueError(
+                f"the state has no reference to a file of start points, got {type(state).__name__}"
+            )
+        if state.get("headers") != self._headers:
             raise ValueError(
                 f"the state's start points are in {state['path']}, whose tensors are not those of {self._path}"
             )

@@ -165,10 +165,11 @@ class L2SP(nn.Module):
             optimizer: Whose parameters' penalty is applied; the step size is its groups' ``lr``.
             by: ``"grad"``: ``add_grad_`` before each step. ``"prox"``: ``prox_`` after it. ``"auto"``: the gradient
                 for ``torch.optim.SGD``, which takes it as it is; the proximal step for all others, which would rescale
-                it (Adam divides it by the task gradient's size).
+                it (Adam divides it by the task gradient's size), and for one that maximizes.
 
         Raises:
-            TypeError, ValueError: Not an optimizer, another ``by``, none of the penalised parameters in it.
+            TypeError, ValueError: Not an optimizer, another ``by``, none of the penalised parameters in it;
+                ``by="grad"`` for one with ``maximize=True``, which would climb the penalty.
         """
         way = self.way(optimizer, by)
         own = {id(p) for p in self.parameters_of_model()}
@@ -191,9 +192,15 @@ class L2SP(nn.Module):
         """``"grad"`` or ``"prox"``: what ``attach`` does for this optimizer. Errors as there."""
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        if check_choice("by", by, ("auto", "grad", "prox")) != "auto":
+        climbs = any(group.get("maximize", False) for group in optimizer.param_groups)
+        if check_choice("by", by, ("auto", "grad", "prox")) == "grad" and climbs:
+            raise ValueError(
+                "by='grad' is for optimizers that minimize, got one with maximize=True, which would climb the penalty "
+                "too: use by='prox'"
+            )
+        if by != "auto":
             return by
-        return "grad" if isinstance(optimizer, torch.optim.SGD) else "prox"
+        return "grad" if isinstance(optimizer, torch.optim.SGD) and not climbs else "prox"
 
     def add_grad_for_(
         self,

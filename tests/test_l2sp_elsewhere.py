@@ -412,6 +412,9 @@ def test_state_of_a_checkpoints_start_points(tmp_path):
     other = L2SP(Net(7), 0.3, start=saved(tmp_path / "other", Net(7), "directory"))
     with pytest.raises(ValueError, match="whose tensors are not those of"):
         other.load_state_dict(state)
+    for wrong in ({}, None):
+        with pytest.raises(ValueError, match="no reference to a file of start points"):
+            other.load_state_dict({"start._extra_state": wrong})
     reg.to(torch.float64)  # nothing to convert
     twin = pickle.loads(pickle.dumps((model, reg)))[1]
     assert torch.equal(twin(), reg())

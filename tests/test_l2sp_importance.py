@@ -78,6 +78,16 @@ def test_proximal_step(backend):
     for i, (p, p0) in enumerate(zip(params, start, strict=True)):
         h = 2.0 * (importance[i].double() if i in (1, 3) else 1)
         oracle.assert_norm_close(p, (before[i] + h * p0.double()) / (1 + h))
+    for h in (1e-6, 1e6, 1e39):  # as exact near the start point as near the parameter; 0 weighs nothing
+        far, f = torch.randn(100) * 1e4, torch.rand(100)
+        f[:9] = 0
+        for p, p0 in ((far, torch.randn(100)), (torch.randn(100) * 1e-3, far)):
+            model = nn.ParameterList([p.clone()])
+            L2SP(model, h / 2, start={"0": p0}, importance={"0": f}).prox_(1.0)
+            weight = h * f.double()
+            exact = (p.double() + weight * p0.double()) / (1 + weight)
+            terms = (p.double().abs() + weight * p0.double().abs()) / (1 + weight)
+            assert ((model[0].detach().double() - exact).abs() <= 4e-7 * terms).all()
     huge = nn.Linear(2, 2, bias=False)
     reg = L2SP(
         huge,
@@ -150,6 +160,19 @@ def test_optimizer_hook(one_backend, kind, by, does):
     optimizer.param_groups[0]["lr"] = 0.0
     optimizer.step()
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), kept, strict=True))
+
+
+def test_hook_of_an_optimizer_that_maximizes(one_backend):
+    """The penalty's gradient would be climbed too."""
+    model = nn.Linear(3, 2)
+    reg = L2SP(model, 0.3, start={name: torch.zeros_like(p) for name, p in model.named_parameters()})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, maximize=True)
+    with pytest.raises(ValueError, match="by='grad' is for optimizers that minimize"):
+        reg.attach(optimizer, by="grad")
+    reg.attach(optimizer)
+    expected = model.weight.detach() / (1 + 2 * 0.1 * 0.3)
+    optimizer.step()
+    torch.testing.assert_close(model.weight.detach(), expected)
 
 
 def test_hook_takes_the_step_size_of_each_group(one_backend):
