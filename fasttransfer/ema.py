@@ -117,7 +117,7 @@ class EMA(nn.Module):
         self._parameters_of_model = frozenset(collect("model", model).tensors)
         # The other names of tied tensors, under which AveragedModel saves them a second time.
         self._other_names = frozenset(collected.aliases) - found.keys()
-        self._known: tuple[Any, list[tuple[nn.Module, str, str]]] | None = None
+        self._known: _Places | None = None
 
     # --------------------------------------------------------------------------------------------- updating
     @torch.no_grad()
@@ -303,21 +303,42 @@ class EMA(nn.Module):
 
     def _values(self, model: nn.Module) -> dict[str, Tensor]:
         """The model's tensors by name, looked up in the modules that hold them: they may have been replaced."""
-        if self._known is None or self._known[0] is not model:
-            names = _collect(model).tensors
-            owners = dict(model.named_modules(remove_duplicate=False))
-            places = []
-            for name in names:
-                path, leaf = split_name(name)
-                places.append((owners[path], leaf, name))
-            self._known = (model, places)
+        if self._known is None or not self._known.are_of(model):
+            self._known = _Places(model)
         reshard(model)
-        return {name: getattr(owner, leaf) for owner, leaf, name in self._known[1]}
+        return {name: getattr(owner, leaf) for owner, leaf, name in self._known.places}
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = self.__dict__.copy()
         state["_known"] = None  # the model is no part of this
         return state
+
+
+class _Places:
+    """Where a model's tensors are, as long as its modules are the same: found once, as that takes longer than EMA."""
+
+    def __init__(self, model: nn.Module) -> None:
+        names = _collect(model).tensors
+        owners = dict(model.named_modules(remove_duplicate=False))
+        paths = ((*split_name(name), name) for name in names)
+        self.places = [(owners[path], leaf, name) for path, leaf, name in paths]
+        self._model, self._modules = model, list(model.modules())
+        self._structure = self._structure_now()
+
+    def are_of(self, model: Any) -> bool:
+        """Whether they are where this model's tensors are now: it may have got other layers meanwhile."""
+        if self._model is not model:
+            return False
+        return torch.compiler.is_compiling() or self._structure == self._structure_now()
+
+    def _structure_now(self) -> list[Any]:
+        found: list[Any] = []
+        for m in self._modules:
+            found.append([id(child) for child in m._modules.values()])
+            found.append([name for name, t in m._parameters.items() if t is not None])
+            if m._buffers:
+                found.append([name for name, t in m._buffers.items() if t is not None])
+        return found
 
 
 def _collect(model: Any) -> Collection:

@@ -264,3 +264,28 @@ def test_errors():
             EMA(model, **options)
     with pytest.raises(ValueError, match="no floating tensors"):
         EMA(nn.ReLU())
+
+
+def test_layers_that_are_replaced():
+    """The average follows the model's present layers, or says that it cannot."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))
+    ema = EMA(model, 0.0)
+    ema.update(model)
+    model[2] = nn.Linear(3, 2)
+    ema.update(model)
+    assert torch.equal(ema.average()["2.weight"], model[2].weight)
+    own = model[2].weight.detach().clone()
+    with torch.no_grad():
+        ema.average()["2.weight"].zero_()
+    with ema.applied(model):
+        assert not model[2].weight.any()
+    assert torch.equal(model[2].weight, own)
+    model[2].bias = None
+    with pytest.raises(ValueError, match=r"lacks '2\.bias'"):
+        ema.update(model)
+    model[2] = nn.Linear(3, 4)
+    with pytest.raises(ValueError, match=r"model's '2.weight' has shape \[4, 3\]"):
+        ema.update(model)
+    model[2] = nn.Sequential(nn.Linear(3, 2))
+    with pytest.raises(ValueError, match=r"also has '2\.0\.weight'"):
+        ema.update(model)
