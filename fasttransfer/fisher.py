@@ -74,7 +74,7 @@ def fisher_importance(
     params = {
         name: p.detach()
         for name, p in found.tensors.items()
-        if p.requires_grad and (include is None or matches(name, patterns))
+        if p.requires_grad and (include is None or any(matches(n, patterns) for n in found.names_of(name)))
     }
     if not params:
         raise ValueError("model has no trained parameters to look at")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -32,10 +32,14 @@ def lora_penalty(
         A scalar, float32 (float64 if any factor is); Gram matrices of 16-bit factors are computed in float32.
 
     Raises:
-        TypeError: Something that is no floating tensor.
+        TypeError: Something that is no floating tensor, or no triple.
         ValueError: Ranks that differ, a negative strength, a module without such layers.
     """
     weight = check_number("strength", strength, 0)
+    if isinstance(adapters, (Tensor, str, Mapping)) or not isinstance(adapters, (nn.Module, Iterable)):
+        raise TypeError(
+            f"adapters must be triples (A, B, scaling) or a module, got {type(adapters).__name__}"
+        )
     triples = list(_of_module(adapters, adapter) if isinstance(adapters, nn.Module) else adapters)
     if not triples:
         raise ValueError(
@@ -44,7 +48,12 @@ def lora_penalty(
             else "adapters holds no triple (A, B, scaling)"
         )
     total: Any = 0
-    for i, (a, b, scaling) in enumerate(triples):
+    for i, triple in enumerate(triples):
+        if not isinstance(triple, (tuple, list)) or len(triple) != 3:
+            raise TypeError(
+                f"adapters[{i}] must be a triple (A [r, d_in], B [d_out, r], scaling), got {type(triple).__name__}"
+            )
+        a, b, scaling = triple
         check_tensor(f"adapters[{i}][0]", a)
         check_tensor(f"adapters[{i}][1]", b)
         if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
@@ -53,8 +62,9 @@ def lora_penalty(
             )
         c = check_number(f"adapters[{i}][2]", scaling, float("-inf"))
         dtype = torch.float64 if torch.float64 in (a.dtype, b.dtype) else torch.float32
-        a, b = a.to(dtype), b.to(dtype)
-        total = total + (weight * c * c) * ((b.T @ b) * (a @ a.T)).sum()
+        with torch.autocast(a.device.type, enabled=False):  # it would multiply in 16 bits
+            a, b = a.to(dtype), b.to(dtype)
+            total = total + (weight * c * c) * ((b.T @ b) * (a @ a.T)).sum()
     return total
 
 

@@ -59,6 +59,12 @@ def test_labels_of_the_model():
         assert torch.equal(value, again[name])
 
 
+def test_tied_parameters_have_all_their_names():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    assert list(fisher_importance(model, [torch.randn(5, 4)], include="1.*")) == ["0.weight", "1.bias"]
+
+
 def test_dtypes_and_frozen_parameters():
     model = net(torch.float32)
     model[0].weight.requires_grad_(False)

@@ -27,6 +27,8 @@ def test_value(dtype):
     value = lora_penalty(triples, 0.3)
     assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert abs(value.double() - exact(triples, 0.3)) <= (1e-12 if dtype == torch.float64 else 1e-5) * value
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(lora_penalty(triples, 0.3), value)
 
 
 def test_gradients():
@@ -75,6 +77,10 @@ def test_errors():
         ([(b, a, 1.0)], ValueError, r"A \[r, d_in\] and B \[d_out, r\]"),
         ([(a.long(), b, 1.0)], TypeError, "must be float32"),
         ([(a, b, "1")], TypeError, "must be a number"),
+        ((a, b, 1.0), TypeError, r"adapters\[0\] must be a triple .* got Tensor"),
+        ([(a, b)], TypeError, r"adapters\[0\] must be a triple"),
+        ({"layer": (a, b, 1.0)}, TypeError, "adapters must be triples .* got dict"),
+        (None, TypeError, "adapters must be triples .* got NoneType"),
     ):
         with pytest.raises(error, match=words):
             lora_penalty(given, 0.3)
