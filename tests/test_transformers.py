@@ -1,0 +1,772 @@
+"""transformers' Trainer with a teacher and with the callbacks: beside the loop written by hand, step for step."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    tf = pytest.importorskip(
+        "transformers", reason="the mixin and the callbacks are for transformers' Trainer"
+    )
+    pytest.importorskip("accelerate", reason="transformers' Trainer needs it")
+    pytest.importorskip("safetensors", reason="the teacher's cache needs it")
+
+from fasttransfer import EMA, L2SP, TeacherCache, TeacherCacheWriter
+from fasttransfer.integrations.transformers import (
+    DistillationMixin,
+    DistillationTrainer,
+    EMACallback,
+    L2SPCallback,
+)
+
+tf.logging.set_verbosity_error()
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+VOCABULARY, LENGTHS = 40, (5, 9, 4, 8, 3, 7, 6)
+EPOCHS = 2
+OPTIMIZERS = {
+    "sgd": lambda params: torch.optim.SGD(params, 0.5, momentum=0.9),
+    "adamw": lambda params: torch.optim.AdamW(params, 0.01, weight_decay=0.01),
+}
+
+
+def llama(seed, width=32, columns=VOCABULARY, kind=tf.LlamaForCausalLM, **options):
+    """In float64: what differs from the formula is then no rounding."""
+    torch.manual_seed(seed)
+    config = tf.LlamaConfig(
+        vocab_size=columns, hidden_size=width, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=16, pad_token_id=0, **options,
+    )  # fmt: skip
+    return kind(config).double()
+
+
+def sentences():
+    """Of different lengths, the first token without a label as of a prompt; ``teacher_row``: the first one's."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(1, VOCABULARY, (n,), generator=generator) for n in LENGTHS]
+    first = [sum(LENGTHS[:i]) for i in range(len(LENGTHS))]
+    return [{"input_ids": ids, "teacher_row": row} for ids, row in zip(rows, first, strict=True)]
+
+
+def collate(examples, side="right", labelled=True, index=True):
+    width = max(len(x["input_ids"]) for x in examples)
+
+    def padded(ids, value):
+        missing = (0, width - len(ids)) if side == "right" else (width - len(ids), 0)
+        return F.pad(ids, missing, value=value)
+
+    ids = torch.stack([padded(x["input_ids"], 0) for x in examples])
+    batch = {"input_ids": ids, "attention_mask": (ids != 0).long()}
+    if labelled:
+        prompts = [F.pad(x["input_ids"][2:], (2, 0), value=-100) for x in examples]
+        batch["labels"] = torch.stack([padded(labels, -100) for labels in prompts])
+    if index and "teacher_row" in examples[0]:  # the Trainer removes it where it is of no use
+        batch["teacher_row"] = torch.tensor([x["teacher_row"] for x in examples])
+    return batch
+
+
+OWN = ("teacher", "distillation", "fused_head", "shift_labels", "row_column", "eval_dataset")
+
+
+def trainer_of(
+    model, tmp_path, *callbacks, optimizer="sgd", kind=DistillationTrainer, collator=collate, **options
+):
+    """The Trainer, of OWN and of TrainingArguments."""
+    own = {name: options.pop(name) for name in OWN if name in options}
+    options = {
+        "num_train_epochs": EPOCHS, "logging_steps": 1, "save_strategy": "no", "max_grad_norm": 0.5,
+    } | options  # fmt: skip
+    args = tf.TrainingArguments(
+        str(tmp_path / "run"), use_cpu=True, report_to="none", disable_tqdm=True, per_device_train_batch_size=2,
+        per_device_eval_batch_size=2, train_sampling_strategy="sequential", lr_scheduler_type="constant", **options,
+    )  # fmt: skip
+    optimizer = OPTIMIZERS[optimizer](model.parameters())
+    trainer = kind(
+        model, args, train_dataset=sentences(), data_collator=collator, callbacks=list(callbacks),
+        optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)), **own,
+    )  # fmt: skip
+    trainer.remove_callback(tf.PrinterCallback)
+    return trainer
+
+
+def losses_of(trainer):
+    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
+
+
+def weights(model):
+    return {name: t.detach().clone() for name, t in model.state_dict().items()}
+
+
+def assert_same(ours, theirs, tolerance=0.0):
+    assert ours.keys() == theirs.keys()
+    for name, t in ours.items():
+        torch.testing.assert_close(t, theirs[name], rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def rows_loss(student, teacher, labels, temperature=1.0, weight=0.0, smoothing=0.0):
+    """The sum of ``kd_loss`` over rows ``[n, V]``, from the formula."""
+    log_p = F.log_softmax(student / temperature, -1)
+    log_q = F.log_softmax(teacher / temperature, -1)
+    kl = (log_q.exp() * (log_q - log_p)).sum(-1) * temperature**2
+    if labels is None:
+        return kl.sum()
+    ce = F.cross_entropy(student, labels, reduction="none", label_smoothing=smoothing)
+    return (weight * ce + (1 - weight) * kl).sum()
+
+
+def batch_loss(student, teacher, batch, items, **options):
+    """Of one batch of ``collate``, the logits shifted as everybody writes it."""
+    with torch.no_grad():
+        teacher_logits = teacher(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    logits = student(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    labels = batch["labels"][:, 1:]
+    counted = labels != -100
+    return (
+        rows_loss(logits[:, :-1][counted], teacher_logits[:, :-1][counted], labels[counted], **options)
+        / items
+    )
+
+
+def groups(accumulate, size=2):
+    """The batches of each optimizer step of an epoch."""
+    data = sentences()
+    batches = [collate(data[i : i + size]) for i in range(0, len(data), size)]
+    return [batches[i : i + accumulate] for i in range(0, len(batches), accumulate)]
+
+
+def by_hand(model, loss_of, optimizer="sgd", accumulate=1, before=None, after=None, clip=0.5):
+    """The loop that the Trainer stands for; ``before`` is behind clipping. The loss of every step."""
+    optimizer = OPTIMIZERS[optimizer](model.parameters())
+    seen = []
+    for batches in groups(accumulate) * EPOCHS:
+        items = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+        optimizer.zero_grad()
+        seen.append(0.0)
+        for batch in batches:
+            loss = loss_of(model, batch, items)
+            loss.backward()
+            seen[-1] += loss.item()
+        nn.utils.clip_grad_norm_(model.parameters(), clip)
+        if before is not None:
+            before()
+        optimizer.step()
+        if after is not None:
+            after(optimizer)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Of all columns: what it says is then what the teacher says."""
+    folder = tmp_path_factory.mktemp("cache")
+    teacher = llama(1, 24)
+    with (
+        TeacherCacheWriter(folder, k=VOCABULARY, vocab_size=VOCABULARY, dtype=torch.float32) as writer,
+        torch.no_grad(),
+    ):
+        for example in sentences():
+            writer.add(teacher(example["input_ids"][None]).logits[0])
+    return TeacherCache(folder)
+
+
+OPTIONS = {"temperature": 2.0, "label_weight": 0.3}
+
+# ---------------------------------------------------------------------------------------------------- distillation
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("mode", ["logits", "fused head", "cache"])
+def test_distillation_is_the_loop(mode, accumulate, cache, tmp_path):
+    """Padded batches of different sizes, the last step of an epoch with fewer of them, clipping."""
+    teacher = llama(1, 24)
+    source = cache if mode == "cache" else teacher
+    model = llama(0)
+    trainer = trainer_of(
+        model, tmp_path, teacher=source, distillation=OPTIONS, fused_head=mode == "fused head",
+        gradient_accumulation_steps=accumulate,
+    )  # fmt: skip
+    trainer.train()
+    hand = llama(0)
+    seen = by_hand(
+        hand,
+        lambda student, batch, items: batch_loss(student, teacher, batch, items, temperature=2.0, weight=0.3),
+        accumulate=accumulate,
+    )
+    # The cache's values are float32. What is logged comes through a float32 sum.
+    torch.testing.assert_close(losses_of(trainer), seen, rtol=1e-6, atol=0)
+    assert_same(weights(model), weights(hand), 1e-6 if mode == "cache" else 1e-12)
+    assert (hand.lm_head.weight - llama(0).lm_head.weight).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("fused_head", [False, True])
+def test_other_ways_to_train(fused_head, tmp_path):
+    """Gradient checkpointing changes nothing; bfloat16 autocast only roundings."""
+
+    def run(**options):
+        model = llama(0).float()
+        trainer = trainer_of(
+            model,
+            tmp_path,
+            teacher=llama(1, 24).float(),
+            distillation=OPTIONS,
+            fused_head=fused_head,
+            **options,
+        )
+        trainer.train()
+        return losses_of(trainer), weights(model)
+
+    losses, plain = run()
+    again, checkpointed = run(gradient_checkpointing=True)
+    assert again == losses
+    assert_same(checkpointed, plain)
+    rounded, _ = run(bf16=True)
+    assert rounded != losses
+    torch.testing.assert_close(rounded, losses, rtol=2e-3, atol=0)
+
+
+def step_loss(trainer, batches):
+    """The loss of an optimizer step of these batches."""
+    batches, items = trainer.get_batch_samples(iter(batches), len(batches), trainer.args.device)
+    trainer.model.train()
+    return sum(trainer.compute_loss(trainer.model, batch, num_items_in_batch=items) for batch in batches)
+
+
+@pytest.mark.parametrize("fused_head", [False, True])
+def test_which_rows_count(fused_head, tmp_path):
+    """Labels already shifted, none at all, and rows without a label that are distilled."""
+    teacher, model = llama(1, 24), llama(0)
+    pair = groups(1)[0] + groups(1)[1]
+
+    def ours(batches, **distillation):
+        trainer = trainer_of(
+            model, tmp_path, teacher=teacher, distillation=distillation, fused_head=fused_head
+        )
+        return step_loss(trainer, batches)
+
+    def logits(batch, of):
+        return of(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+
+    moved = [dict(b, shift_labels=F.pad(b["labels"], (0, 1), value=-100)[:, 1:]) for b in pair]
+    torch.testing.assert_close(ours(moved, **OPTIONS), ours(pair, **OPTIONS), rtol=1e-12, atol=0)
+
+    bare = [{name: b[name] for name in ("input_ids", "attention_mask")} for b in pair]
+    present = [b["attention_mask"] == 1 for b in pair]
+    number = sum(int(p.sum()) for p in present)
+    sums = [
+        rows_loss(logits(b, model)[p], logits(b, teacher)[p], None)
+        for b, p in zip(pair, present, strict=True)
+    ]
+    torch.testing.assert_close(ours(bare), sum(sums) / number, rtol=1e-12, atol=0)
+    without_mask = [{"input_ids": b["input_ids"][:1, :3]} for b in pair]
+    sums = [rows_loss(*(m(**b).logits[0] for m in (model, teacher)), None) for b in without_mask]
+    torch.testing.assert_close(ours(without_mask), sum(sums) / 6, rtol=1e-12, atol=0)
+
+    # The KL of all tokens over their number, the label term of the labelled ones over theirs.
+    labels = [F.pad(b["labels"], (0, 1), value=-100)[:, 1:] for b in pair]
+    labelled = sum(int((y != -100).sum()) for y in labels)
+    terms = [
+        F.cross_entropy(logits(b, model).flatten(0, 1), y.flatten(), reduction="sum")
+        for b, y in zip(pair, labels, strict=True)
+    ]
+    kl = sum(
+        rows_loss(logits(b, model)[p], logits(b, teacher)[p], None)
+        for b, p in zip(pair, present, strict=True)
+    )
+    expected = 0.3 * sum(terms) / labelled + 0.7 * kl / number
+    torch.testing.assert_close(
+        ours(pair, label_weight=0.3, ignored_rows="distill"), expected, rtol=1e-12, atol=0
+    )
+
+
+def test_rows_of_the_cache(cache, tmp_path):
+    """Padding on either side, numbers by token, rows that are not read, and what is refused."""
+    model, teacher = llama(0), llama(1, 24)
+    trainer = trainer_of(model, tmp_path, teacher=cache, distillation=OPTIONS, row_column="teacher_row")
+    data = sentences()[:2]
+    right, left = collate(data), collate(data, side="left")
+    by_token = dict(
+        right,
+        teacher_row=torch.where(right["attention_mask"] == 1, torch.arange(9) + torch.tensor([[0], [5]]), -1),
+    )
+    items = int((right["labels"] != -100).sum())
+    for batch in (right, left, by_token):
+        expected = batch_loss(model, teacher, batch, items, temperature=2.0, weight=0.3)
+        torch.testing.assert_close(step_loss(trainer, [batch]), expected, rtol=1e-5, atol=0)
+    for wrong, words in (
+        ({name: right[name] for name in ("input_ids", "labels")}, "no column 'teacher_row'"),
+        (dict(right, teacher_row=torch.zeros(3, dtype=torch.int64)), r"must be \[2, 9\] or \[2\], got \[3\]"),
+        (dict(right, teacher_row=torch.zeros(2)), "must be integers"),
+        (
+            dict(by_token, teacher_row=by_token["teacher_row"] * 0 - 1),
+            "no row of the cache for a row that counts",
+        ),
+    ):
+        with pytest.raises(ValueError, match=words):
+            step_loss(trainer, [wrong])
+    with pytest.raises(ValueError, match="the student has 44 columns, the cache is of 40"):
+        step_loss(trainer_of(llama(0, columns=44), tmp_path, teacher=cache, distillation=OPTIONS), [right])
+    wider = dict(OPTIONS, vocab_size=VOCABULARY)
+    assert step_loss(
+        trainer_of(llama(0, columns=44), tmp_path, teacher=cache, distillation=wider), [right]
+    ).isfinite()
+
+
+def test_classifiers(tmp_path):
+    """No shift, one row per example, labelled or not; a teacher that takes what the student does not."""
+    model = llama(0, kind=tf.LlamaForSequenceClassification, num_labels=3)
+    torch.manual_seed(2)
+    config = tf.BertConfig(
+        vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=16, num_labels=3,
+    )  # fmt: skip
+    teacher = tf.BertForSequenceClassification(config).double()
+    # Behind the columns that the Trainer removes.
+    examples = [
+        x | {"labels": i % 3, "token_type_ids": torch.arange(len(x["input_ids"])) % 2, "other": 1}
+        for i, x in enumerate(sentences()[:4])
+    ]
+
+    def pad(examples):
+        assert "other" not in examples[0]
+        assert "token_type_ids" in examples[0]
+        batch = collate(examples, labelled=False, index=False)
+        kinds = [
+            F.pad(x["token_type_ids"], (0, batch["input_ids"].shape[1] - len(x["input_ids"])))
+            for x in examples
+        ]
+        return batch | {
+            "token_type_ids": torch.stack(kinds),
+            "labels": torch.tensor([x["labels"] for x in examples]),
+        }
+
+    trainer = trainer_of(
+        model, tmp_path, teacher=teacher, distillation=OPTIONS, collator=pad, label_smoothing_factor=0.1
+    )
+    trainer.train_dataset = examples
+    given = []
+    handle = model.register_forward_pre_hook(lambda *a: given.append(set(a[2])), with_kwargs=True)
+    batches = list(trainer.get_train_dataloader())
+    ours = step_loss(trainer, batches)
+    handle.remove()
+    assert given == [{"input_ids", "attention_mask"}] * 2
+    kinds = ("input_ids", "attention_mask", "token_type_ids")
+    teacher_logits = [teacher(**{name: b[name] for name in kinds}).logits for b in batches]
+    student_logits = [model(**{name: b[name] for name in kinds[:2]}).logits for b in batches]
+    labels = torch.cat([b["labels"] for b in batches])
+    both = torch.cat(student_logits), torch.cat(teacher_logits)
+    expected = rows_loss(*both, labels, temperature=2.0, weight=0.3, smoothing=0.1) / 4
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=0)
+
+    bare = [{name: b[name] for name in kinds} for b in batches]
+    trainer = trainer_of(model, tmp_path, teacher=teacher)
+    torch.testing.assert_close(step_loss(trainer, bare), rows_loss(*both, None) / 4, rtol=1e-12, atol=0)
+
+
+def test_other_families(tmp_path):
+    """A model without a loss_type whose loss shifts, masked tokens, an encoder with a decoder."""
+    size = {"vocab_size": VOCABULARY, "num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16}
+    torch.manual_seed(0)
+    gpt2 = tf.GPT2Config(vocab_size=VOCABULARY, n_positions=16, n_embd=16, n_layer=1, n_head=2)
+    bert = tf.BertConfig(**size, intermediate_size=16, max_position_embeddings=16)
+    t5 = tf.T5Config(
+        vocab_size=VOCABULARY,
+        d_model=16,
+        d_kv=8,
+        d_ff=16,
+        num_layers=1,
+        num_heads=2,
+        decoder_start_token_id=0,
+    )
+    batch = collate(sentences()[:2], index=False)
+    for kind, config, shift in (
+        (tf.GPT2LMHeadModel, gpt2, True),
+        (tf.BertForMaskedLM, bert, False),
+        (tf.T5ForConditionalGeneration, t5, False),
+    ):
+        student, teacher = (kind(config).double().eval() for _ in range(2))
+        ours = {}
+        for fused_head in (False, True):
+            trainer = trainer_of(
+                student, tmp_path, teacher=teacher, distillation=OPTIONS, fused_head=fused_head
+            )
+            _, items = trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)
+            student.eval()  # no dropout
+            ours[fused_head] = trainer.compute_loss(student, batch)
+        labels = F.pad(batch["labels"], (0, 1), value=-100)[:, 1:] if shift else batch["labels"]
+        counted = labels != -100
+        assert items.tolist() == [int(counted.sum())]
+        inputs = {name: t for name, t in batch.items() if name != "labels"}
+        if kind is tf.T5ForConditionalGeneration:
+            inputs = batch  # makes the decoder's inputs of them
+        logits = [m(**inputs).logits[counted] for m in (student, teacher)]
+        expected = rows_loss(*logits, labels[counted], temperature=2.0, weight=0.3) / counted.sum()
+        for fused_head, loss in ours.items():
+            torch.testing.assert_close(
+                loss, expected, rtol=1e-10, atol=0, msg=f"{kind.__name__} {fused_head}"
+            )
+
+
+@pytest.mark.parametrize("fused_head", [False, True])
+def test_evaluation(fused_head, tmp_path):
+    """The loss is the mean of batches' means, as the Trainer's; predictions are the student's logits."""
+    model, teacher = llama(0), llama(1, 24)
+    trainer = trainer_of(
+        model,
+        tmp_path,
+        teacher=teacher,
+        distillation=OPTIONS,
+        fused_head=fused_head,
+        eval_dataset=sentences()[:4],
+    )
+    means, logits = [], []
+    for (batch,) in groups(1)[:2]:
+        items = int((batch["labels"][:, 1:] != -100).sum())
+        means.append(batch_loss(model, teacher, batch, items, temperature=2.0, weight=0.3).item())
+        logits.append(model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(sum(means) / 2, rel=1e-6)
+    predicted = trainer.predict(sentences()[:2])
+    torch.testing.assert_close(torch.tensor(predicted.predictions), logits[0].detach(), rtol=0, atol=1e-12)
+    assert predicted.metrics["test_loss"] == pytest.approx(means[0], rel=1e-6)
+    assert not model.training
+
+
+def test_the_teacher_is_left_alone(tmp_path):
+    """Eval mode, no graph, no cache of keys, no gradient, nowhere in the checkpoint."""
+    model, teacher = llama(0), llama(1, 24, attention_dropout=0.5).train()
+    before = weights(teacher)
+    seen = []
+    teacher.register_forward_pre_hook(
+        lambda m, a, kw: seen.append((m.training, torch.is_grad_enabled(), kw["use_cache"])), with_kwargs=True
+    )
+    trainer = trainer_of(
+        model,
+        tmp_path,
+        teacher=teacher,
+        distillation=OPTIONS,
+        save_strategy="steps",
+        save_steps=2,
+        max_steps=2,
+    )
+    trainer.train()
+    assert set(seen) == {(False, False, False)}
+    assert len(seen) == 2
+    assert all(p.grad is None and p.requires_grad for p in teacher.parameters())
+    assert_same(weights(teacher), before)
+    saved = tf.LlamaForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-2", dtype=torch.float64)
+    assert_same(weights(saved), weights(model))
+
+
+def test_logits_that_are_not_the_head_s(tmp_path):
+    """Gemma's softcap has to be said, Granite's scale cannot be."""
+    torch.manual_seed(0)
+    size = {
+        "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 16,
+    }  # fmt: skip
+    gemma = tf.Gemma2ForCausalLM(tf.Gemma2Config(**size, final_logit_softcapping=0.01)).double()
+    batch = collate(sentences()[:2])
+    trainer = trainer_of(gemma, tmp_path, teacher=llama(1), distillation=OPTIONS, fused_head=True)
+    with pytest.raises(ValueError, match=r"the student's logits are not .* softcap=0.01"):
+        step_loss(trainer, [batch])
+    assert "forward" not in gemma.lm_head.__dict__
+    losses = [
+        step_loss(
+            trainer_of(gemma, tmp_path, teacher=llama(1), distillation=options, fused_head=fused_head),
+            [batch],
+        )
+        for fused_head, options in ((False, OPTIONS), (True, OPTIONS | {"softcap": (0.01, None)}))
+    ]
+    torch.testing.assert_close(*losses, rtol=1e-12, atol=0)
+    granite = tf.GraniteForCausalLM(
+        tf.GraniteConfig(**{n: v for n, v in size.items() if n != "head_dim"}, logits_scaling=2.0)
+    ).double()
+    trainer = trainer_of(llama(0), tmp_path, teacher=granite, distillation=OPTIONS, fused_head=True)
+    with pytest.raises(ValueError, match=r"the teacher's logits are not .*use fused_head=False"):
+        step_loss(trainer, [batch])
+
+
+def test_refused(cache, tmp_path):
+    model, teacher = llama(0), llama(1, 24)
+    for options, error, words in (
+        ({"teacher": 3}, TypeError, "teacher must be a model or a TeacherCache"),
+        ({"teacher": model}, ValueError, "teacher is the model that is trained"),
+        ({"distillation": [1]}, TypeError, "distillation must be a dict"),
+        ({"distillation": {"alpha": 1}}, ValueError, "'alpha' is not one of"),
+        ({"distillation": {"reduction": "sum"}}, ValueError, "'reduction' is not one of"),
+        ({"distillation": {"temperature": -1}}, ValueError, "temperature must be"),
+        ({"distillation": {"chunk_rows": 8}}, ValueError, "'chunk_rows' is not one of"),
+        ({"fused_head": 1}, TypeError, "fused_head must be True or False"),
+        ({"teacher": cache, "fused_head": True}, ValueError, "this one is a TeacherCache"),
+        ({"teacher": nn.Linear(2, 2), "fused_head": True}, ValueError, "get_output_embeddings"),
+        ({"shift_labels": "yes"}, TypeError, "shift_labels must be True or False"),
+        ({"row_column": 3}, TypeError, "row_column must be"),
+        (
+            {"distillation": {"label_smoothing": 0.2}, "label_smoothing_factor": 0.1},
+            ValueError,
+            "give one of them",
+        ),
+    ):
+        with pytest.raises(error, match=words):
+            trainer_of(model, tmp_path, **({"teacher": teacher} | options))
+    with pytest.raises(ValueError, match="compute_loss_func"):
+        DistillationTrainer(model, teacher=teacher, compute_loss_func=print)
+    batch = collate(sentences()[:2])
+    with pytest.raises(ValueError, match="labels were given without label_weight"):
+        step_loss(trainer_of(model, tmp_path, teacher=teacher), [batch])
+    wide = llama(1, columns=44)
+    for fused_head in (False, True):
+        with pytest.raises(ValueError, match="44"):
+            step_loss(
+                trainer_of(model, tmp_path, teacher=wide, distillation=OPTIONS, fused_head=fused_head),
+                [batch],
+            )
+        cut = dict(OPTIONS, vocab_size=VOCABULARY)
+        assert step_loss(
+            trainer_of(model, tmp_path, teacher=wide, distillation=cut, fused_head=fused_head), [batch]
+        ).isfinite()
+
+
+class Plain(nn.Module):
+    """No model of transformers."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Embedding(VOCABULARY, 4), nn.Linear(4, VOCABULARY)
+
+    def forward(self, input_ids):
+        return (self.head(self.body(input_ids)),)
+
+
+def test_a_model_of_one_s_own(tmp_path):
+    """It has to be said whether rows are shifted; outputs are a tuple."""
+    torch.manual_seed(0)
+    model, teacher = Plain().double(), Plain().double()
+    with pytest.raises(ValueError, match=r"Plain does not say .* pass shift_labels"):
+        trainer_of(model, tmp_path, teacher=teacher)
+    batch = collate(sentences()[:2])
+    trainer = trainer_of(model, tmp_path, teacher=teacher, distillation=OPTIONS, shift_labels=False)
+    counted = batch["labels"] != -100
+    logits = [m(batch["input_ids"])[0][counted] for m in (model, teacher)]
+    expected = rows_loss(*logits, batch["labels"][counted], temperature=2.0, weight=0.3) / counted.sum()
+    torch.testing.assert_close(step_loss(trainer, [batch]), expected, rtol=1e-12, atol=0)
+    model.eval()
+    loss, outputs = trainer.compute_loss(model, batch, return_outputs=True)
+    assert outputs[0] is loss
+    assert outputs[1].shape == (2, 9, VOCABULARY)
+    with pytest.raises(ValueError, match="counted as 2 rows"):
+        step_loss(trainer, [{"input_ids": batch["input_ids"]}])
+
+
+# ------------------------------------------------------------------------------------------------------- callbacks
+
+
+class Own(tf.Trainer):
+    """The Trainer as it is, with the model's own loss."""
+
+
+def own_loss(model, batch, items):
+    logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    return F.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum") / items
+
+
+def pull(model, strength, by):
+    """(before, after) the step: the formula of the penalty's gradient, or of the proximal step."""
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def add():
+        for name, p in model.named_parameters():
+            p.grad += 2 * strength * (p - start[name])
+
+    @torch.no_grad()
+    def prox(optimizer):
+        h = 2 * optimizer.param_groups[0]["lr"] * strength
+        for name, p in model.named_parameters():
+            p.copy_((p + h * start[name]) / (1 + h))
+
+    return (add, None) if by == "grad" else (None, prox)
+
+
+@pytest.mark.parametrize("optimizer, by", [("sgd", "grad"), ("adamw", "prox")])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_l2sp_is_the_loop(optimizer, by, accumulate, tmp_path):
+    """Once per step, behind clipping; what is logged is of the weights behind the step."""
+    callback, model = L2SPCallback(2.0), llama(0)
+    trainer = trainer_of(
+        model, tmp_path, callback, optimizer=optimizer, kind=Own, gradient_accumulation_steps=accumulate,
+        collator=lambda examples: collate(examples, index=False),
+    )  # fmt: skip
+    trainer.train()
+    hand = llama(0)
+    before, after = pull(hand, 2.0, by)
+    reg = L2SP(hand, 2.0)
+    # Its own loss is in float32.
+    by_hand(hand, own_loss, optimizer, accumulate, before, after)
+    assert_same(weights(model), weights(hand), 1e-5)
+    without = llama(0)
+    by_hand(without, own_loss, optimizer, accumulate)
+    assert (without.lm_head.weight - hand.lm_head.weight).abs().max() > 1e-3
+    logged = [log for log in trainer.state.log_history if "l2sp/penalty" in log][-1]
+    assert logged["l2sp/penalty"] == pytest.approx(reg().item(), rel=1e-3)
+    assert logged["l2sp/distance"] == pytest.approx((reg().item() / 2.0) ** 0.5, rel=1e-3)
+    assert not trainer.optimizer.optimizer._optimizer_step_pre_hooks
+    assert not trainer.optimizer.optimizer._optimizer_step_post_hooks
+
+
+def test_ema_is_the_loop(tmp_path):
+    """Behind the prox; two evaluations per epoch and predictions by callbacks have the average, checkpoints do not."""
+    model, hand = llama(0), llama(0)
+    _, prox = pull(hand, 0.4, "prox")
+    average, averages, trained = weights(hand), [], []
+
+    def after(optimizer):
+        prox(optimizer)
+        decay = 0.7 if trained else 0.0
+        for name, t in hand.state_dict().items():
+            average[name] = decay * average[name] + (1 - decay) * t
+        trained.append(weights(hand))
+        averages.append(dict(average))
+
+    by_hand(hand, own_loss, "adamw", 2, None, after)
+    evaluated = []
+
+    class Look(tf.TrainerCallback):
+        """What an evaluation computes with, and a callback that looks at the model in between."""
+
+        def on_step_end(self, args, state, control, model, **_):
+            model.eval()
+            with torch.no_grad():
+                model(torch.ones(1, 2, dtype=torch.int64))
+
+        def on_prediction_step(self, args, state, control, model, **_):
+            evaluated.append((state.global_step, model.lm_head.weight.detach().clone()))
+
+    callback = EMACallback(0.7)
+    trainer = trainer_of(
+        model, tmp_path, callback, L2SPCallback(0.4), Look(), optimizer="adamw", kind=Own,
+        gradient_accumulation_steps=2, collator=lambda examples: collate(examples, index=False), save_strategy="steps",
+        save_steps=1, eval_strategy="steps", eval_steps=1, eval_dataset={"a": sentences()[:2], "b": sentences()[2:4]},
+        save_only_model=True,
+    )  # fmt: skip
+    trainer.train()
+    assert [step for step, _ in evaluated] == [1, 1, 2, 2, 3, 3, 4, 4]
+    for step, weight in evaluated:
+        torch.testing.assert_close(weight, averages[step - 1]["lm_head.weight"], rtol=0, atol=1e-4)
+    gap = (averages[3]["lm_head.weight"] - trained[3]["lm_head.weight"]).abs().max()
+    assert gap > 1e-3
+    assert_same(callback.ema.average(), averages[3], 1e-4)
+    assert_same(weights(model), trained[3], 1e-4)
+    for step in (1, 4):
+        folder = tmp_path / "run" / f"checkpoint-{step}"
+        saved = tf.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float64)
+        assert_same(weights(saved), trained[step - 1], 1e-4)
+        assert not (folder / "l2sp.pt").exists()
+    other = EMA(llama(3))
+    other.load_state_dict(torch.load(folder / "ema.pt", weights_only=True))
+    assert_same(other.average(), callback.ema.average())
+    # Without an evaluation of the average, and after training: the model as it is.
+    before = weights(model)
+    model.eval()(torch.ones(1, 2, dtype=torch.int64))
+    assert_same(weights(model), before)
+
+
+def test_resumed(tmp_path):
+    """From the middle of an epoch, with everything: the same run to the last bit."""
+
+    def run(**options):
+        model = llama(0)
+        callbacks = L2SPCallback(0.4), EMACallback(0.7, warmup="ratio")
+        trainer = trainer_of(
+            model, tmp_path, *callbacks, optimizer="adamw", teacher=llama(1, 24), distillation=OPTIONS,
+            gradient_accumulation_steps=2, save_strategy="steps", save_steps=1,
+        )  # fmt: skip
+        trainer.train(**options)
+        return losses_of(trainer), weights(model), callbacks
+
+    losses, whole, (_, averaged) = run()
+    first = tmp_path / "run" / "checkpoint-1"
+    resumed, again, (reg, average) = run(resume_from_checkpoint=str(first))
+    assert resumed == losses
+    assert_same(again, whole)
+    assert_same(average.ema.average(), averaged.ema.average())
+    assert_same(reg.l2sp.start.tensors(), dict(llama(0).named_parameters()))
+
+    elsewhere = tmp_path / "elsewhere"
+    first.rename(elsewhere)
+    for callback in (L2SPCallback(0.4), EMACallback(0.7)):
+        with pytest.raises(ValueError, match="as resume_from"):
+            trainer_of(llama(0), tmp_path, callback, kind=Own).train(resume_from_checkpoint=str(elsewhere))
+    callback = L2SPCallback(0.4, resume_from=elsewhere)
+    trainer = trainer_of(llama(0), tmp_path, callback, optimizer="adamw", kind=Own, max_steps=2)
+    trainer.train(resume_from_checkpoint=str(elsewhere))
+    assert_same(callback.l2sp.start.tensors(), dict(llama(0).named_parameters()))
+
+
+@pytest.mark.parametrize(
+    "make, error, words",
+    [
+        (lambda: L2SPCallback(-1), ValueError, "strength must be at least 0"),
+        (lambda: L2SPCallback(1, new_strength="a"), TypeError, "new_strength must be a number"),
+        (lambda: L2SPCallback(1, by="step"), ValueError, "by must be one of 'auto', 'grad', 'prox'"),
+        (lambda: L2SPCallback(1, log=1), TypeError, "log must be True or False"),
+        (lambda: L2SPCallback(1, resume_from=3), TypeError, "resume_from must be a path"),
+        (lambda: EMACallback(2), ValueError, "decay must be between 0 and 1"),
+        (lambda: EMACallback(evaluate="best"), ValueError, "evaluate must be one of 'average', 'model'"),
+        (lambda: EMACallback(resume_from=3), TypeError, "resume_from must be a path"),
+    ],
+)
+def test_bad_arguments(make, error, words):
+    with pytest.raises(error, match=words):
+        make()
+
+
+def test_refused_when_training_starts(tmp_path):
+    model = llama(0)
+    with pytest.raises(ValueError, match=r"include: 'neck.*' matches none"):
+        trainer_of(model, tmp_path, L2SPCallback(1, include="neck.*"), kind=Own).train()
+    for callback in (L2SPCallback(1), EMACallback()):
+        args = copy.copy(trainer_of(model, tmp_path, kind=Own).args)
+        args.fsdp = True
+        with pytest.raises(ValueError, match="fsdp=True"):
+            callback.on_train_begin(args, tf.TrainerState(), None, model=model, optimizer=None)
+
+
+def test_without_transformers():
+    """The package does not import it; the integration says which extra has it."""
+    program = """
+import sys
+import fasttransfer
+assert "transformers" not in sys.modules
+assert "accelerate" not in sys.modules
+for library in ("transformers", "accelerate"):
+    sys.modules[library] = None
+    try:
+        import fasttransfer.integrations.transformers
+    except ImportError as error:
+        assert f"needs {library}: pip install fasttransfer[transformers]" in str(error), error
+    else:
+        raise AssertionError(library)
+    del sys.modules[library]
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_the_mixin_in_a_trainer_of_one_s_own(tmp_path):
+    class Mine(DistillationMixin, Own):
+        pass
+
+    trainer = trainer_of(
+        llama(0), tmp_path, kind=Mine, teacher=llama(1, 24), distillation=OPTIONS, max_steps=1
+    )
+    assert trainer.train().global_step == 1
