@@ -128,6 +128,23 @@ class Backbone(nn.Module):
     def forward(self, x):
         return self.layer2(self.layer1(x))
 
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.fc = Backbone(), nn.Linear(8, 3)
+
+net = Net()
+sentences = [{"input_ids": torch.randint(1, 64, (n,))} for n in (5, 9, 4, 8)]
+
+def collator(examples):
+    pad = nn.utils.rnn.pad_sequence
+    batch = {"input_ids": pad([x["input_ids"] for x in examples], batch_first=True)}
+    batch["attention_mask"] = (batch["input_ids"] != 0).long()
+    batch["labels"] = batch["input_ids"].masked_fill(batch["input_ids"] == 0, -100)
+    if "teacher_row" in examples[0]:
+        batch["teacher_row"] = torch.tensor([x["teacher_row"] for x in examples])
+    return batch
+
 pretrained = Backbone().state_dict()
 student, teacher = nn.Linear(5, 3), nn.Sequential(Backbone(), nn.Linear(8, 3))
 loader = validation_loader = torch.utils.data.DataLoader([(torch.randn(5), i % 3) for i in range(24)], 8)
@@ -137,7 +154,7 @@ NEEDS = {
     "distillation.md": ("safetensors",),
     "blending.md": ("safetensors",),
     "l2sp.md": ("safetensors",),
-    "integrations.md": ("lightning",),
+    "integrations.md": ("lightning", "transformers", "accelerate", "safetensors"),
 }
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
