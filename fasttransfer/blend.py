@@ -355,6 +355,10 @@ def _mapped(transform: Any, source: Tensor, target: Tensor, other: Collection, n
         raise ValueError(
             f"the transformed {other.label(name)} has shape {shape(mapped)}, its target has {shape(target)}"
         )
+    if mapped.device != target.device:
+        raise ValueError(
+            f"the transformed {other.label(name)} is on {mapped.device}, its target on {target.device}"
+        )
     return mapped
 
 
@@ -381,6 +385,8 @@ def _apply(transform: Any, source: Tensor) -> Tensor:
                 f"transform must be a matrix [d_target, d_source] for the source's last dimension, got "
                 f"{shape(transform)} for a source of shape {shape(source)}"
             )
+        if transform.device != source.device:  # F.linear reads what is no memory of a matrix on meta
+            raise ValueError(f"transform is on {transform.device}, the source on {source.device}")
         dtype = torch.promote_types(source.dtype, transform.dtype)
         return F.linear(source.to(dtype), transform.to(dtype))
     if not callable(transform):

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from fasttransfer import fast_lists
-from fasttransfer.checks import FLOATS, check_choice, check_count, check_flag, check_number, shape
+from fasttransfer.checks import (
+    FLOATS,
+    check_choice,
+    check_count,
+    check_device,
+    check_flag,
+    check_number,
+    shape,
+)
 from fasttransfer.names import Collection, collect
 from fasttransfer.ops.blend import blend_inplace_op
 from fasttransfer.sharded_params import any_dtensor, count_writes, is_dtensor, parts, reshard
@@ -95,6 +103,7 @@ class EMA(nn.Module):
         self.capturable = check_flag("capturable", capturable)
         collected = _collect(model)
         found = collected.tensors
+        device = check_device("device", device)
         _check_home(found, device)
         averaged = {name: t for name, t in found.items() if t.dtype in FLOATS}
         if not averaged:
@@ -236,6 +245,8 @@ class EMA(nn.Module):
                 with other shapes, or with a schedule out of range. Nothing has changed then.
             RuntimeError: As ``nn.Module.load_state_dict``.
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict must be a state dict, got {type(state_dict).__name__}")
         if "shadow_params" not in state_dict:
             others = {f"module.{name}" for name in self._other_names}
             state_dict = {key: t for key, t in state_dict.items() if key not in others}
@@ -349,8 +360,10 @@ def _collect(model: Any) -> Collection:
 
 def _shadows(shadows: Any, averages: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """diffusers' list by the names of the averages of parameters."""
-    if not isinstance(shadows, (list, tuple)) or not all(isinstance(t, Tensor) for t in shadows):
-        raise TypeError("shadow_params must be a list of tensors")
+    if not isinstance(shadows, (list, tuple)) or not all(
+        isinstance(t, Tensor) and t.dtype in FLOATS for t in shadows
+    ):
+        raise TypeError("shadow_params must be a list of floating tensors")
     if len(shadows) != len(averages):
         raise ValueError(
             f"shadow_params holds {len(shadows)} tensors, the model has {len(averages)} parameters"
@@ -379,9 +392,9 @@ def _check_same(values: Mapping[str, Tensor], averages: Mapping[str, Tensor]) ->
             raise TypeError(f"model's {name!r} is {value.dtype}, the average {average.dtype}")
 
 
-def _check_home(found: Mapping[str, Tensor], device: Any) -> None:
+def _check_home(found: Mapping[str, Tensor], device: torch.device | None) -> None:
     for name, t in found.items():
-        if device is not None and is_dtensor(t) and torch.device(device).type != t.device.type:
+        if device is not None and is_dtensor(t) and device.type != t.device.type:
             raise ValueError(
                 f"model's {name!r} on {t.device} is split over ranks: its average is kept beside it, not on {device}"
             )

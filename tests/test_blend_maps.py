@@ -231,6 +231,18 @@ def test_sizes_and_values_at_the_edge(backend, inplace):
     assert torch.equal(call(t.clone(), kernel, 1.0, transform=WeightMap(a, b)), t)
 
 
+def test_maps_on_another_device():
+    for transform, words in (
+        (torch.zeros(3, 4, device="meta"), "transform is on meta, the source on cpu"),
+        (lambda s: s[:3].to("meta"), "the transformed source is on meta, its target on cpu"),
+    ):
+        target = torch.ones(3)
+        for call in (blend, blend_):
+            with pytest.raises(ValueError, match=words):
+                call(target, torch.ones(4), 0.5, transform=transform)
+        assert (target == 1).all()
+
+
 def test_compiled(backend):
     def step(t, s, w, source):
         return blend(t, s, 0.3, transform=layer), blend(w, source, 0.3, transform=maps)

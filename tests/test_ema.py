@@ -151,7 +151,8 @@ def test_states_of_diffusers():
     before = {name: t.clone() for name, t in other.average().items()}
     good = EMA(Net(), 0.5, warmup="ratio").diffusers_state_dict()
     for change_of, error, words in (
-        ({"shadow_params": None}, TypeError, "shadow_params must be a list of tensors"),
+        ({"shadow_params": None}, TypeError, "shadow_params must be a list of floating tensors"),
+        ({"shadow_params": [t.int() for t in good["shadow_params"]]}, TypeError, "list of floating tensors"),
         ({"shadow_params": good["shadow_params"][::-1]}, ValueError, "shadow_params has"),
         ({"optimization_step": None}, TypeError, "optimization_step must be an integer"),
         ({"decay": 1.5}, ValueError, "decay must be between 0 and 1"),
@@ -160,6 +161,8 @@ def test_states_of_diffusers():
     ):
         with pytest.raises(error, match=words):
             other.load_state_dict({**good, **change_of})
+    with pytest.raises(TypeError, match="state_dict must be a state dict, got list"):
+        other.load_state_dict([])
     with pytest.raises(ValueError, match="no optimization_step"):
         other.load_state_dict({"shadow_params": good["shadow_params"]})
     assert (other.decay, other.warmup, other.n_averaged) == (0.95, "power", 5)
@@ -259,6 +262,8 @@ def test_errors():
         ({"update_after_step": 1.0}, TypeError, "update_after_step must be an integer"),
         ({"dtype": torch.int64}, TypeError, "dtype must be float32"),
         ({"buffers": "keep"}, ValueError, "buffers must be one of"),
+        ({"device": "gpu"}, ValueError, "device must name a device, got 'gpu'"),
+        ({"device": "meta"}, ValueError, "device must be a device that holds values"),
     ):
         with pytest.raises(error, match=words):
             EMA(model, **options)
