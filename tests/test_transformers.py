@@ -316,6 +316,11 @@ def test_rows_of_the_cache(cache, tmp_path):
             step_loss(trainer, [wrong])
     with pytest.raises(ValueError, match="the student has 44 columns, the cache is of 40"):
         step_loss(trainer_of(llama(0, columns=44), tmp_path, teacher=cache, distillation=OPTIONS), [right])
+    # Predicted without labels, the column is no input of the model.
+    assert (
+        trainer.predict([{"input_ids": x["input_ids"], "teacher_row": 0} for x in data]).predictions.shape[0]
+        == 2
+    )
     wider = dict(OPTIONS, vocab_size=VOCABULARY)
     assert step_loss(
         trainer_of(llama(0, columns=44), tmp_path, teacher=cache, distillation=wider), [right]
@@ -345,10 +350,8 @@ def test_classifiers(tmp_path):
             F.pad(x["token_type_ids"], (0, batch["input_ids"].shape[1] - len(x["input_ids"])))
             for x in examples
         ]
-        return batch | {
-            "token_type_ids": torch.stack(kinds),
-            "labels": torch.tensor([x["labels"] for x in examples]),
-        }
+        labels = {"labels": torch.tensor([x["labels"] for x in examples])} if "labels" in examples[0] else {}
+        return batch | labels | {"token_type_ids": torch.stack(kinds)}
 
     trainer = trainer_of(
         model, tmp_path, teacher=teacher, distillation=OPTIONS, collator=pad, label_smoothing_factor=0.1
@@ -369,8 +372,13 @@ def test_classifiers(tmp_path):
     torch.testing.assert_close(ours, expected, rtol=1e-12, atol=0)
 
     bare = [{name: b[name] for name in kinds} for b in batches]
-    trainer = trainer_of(model, tmp_path, teacher=teacher)
-    torch.testing.assert_close(step_loss(trainer, bare), rows_loss(*both, None) / 4, rtol=1e-12, atol=0)
+    unlabelled = [{name: t for name, t in x.items() if name != "labels"} for x in examples]
+    trainer = trainer_of(model, tmp_path, teacher=teacher, eval_dataset=unlabelled, collator=pad)
+    expected = rows_loss(*both, None) / 4
+    torch.testing.assert_close(step_loss(trainer, bare), expected, rtol=1e-12, atol=0)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), rel=1e-6)
+    predicted = torch.tensor(trainer.predict(unlabelled).predictions)
+    torch.testing.assert_close(predicted, both[0].detach(), rtol=0, atol=1e-12)
 
 
 def test_other_families(tmp_path):
@@ -548,6 +556,35 @@ class Plain(nn.Module):
         return (self.head(self.body(input_ids)),)
 
 
+class Wrapped(nn.Module):
+    """As PEFT's: its forward names nothing."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def get_base_model(self):
+        return self.model
+
+    def get_output_embeddings(self):
+        return self.model.get_output_embeddings()
+
+    def forward(self, *args, **kwargs):
+        return self.model(*args, **kwargs)
+
+
+@pytest.mark.parametrize("fused_head", [False, True])
+def test_a_wrapped_student(fused_head, tmp_path):
+    batch, teacher, model = collate(sentences()[:2]), llama(1, 24), llama(0)
+    losses = [
+        step_loss(
+            trainer_of(m, tmp_path, teacher=teacher, distillation=OPTIONS, fused_head=fused_head), [batch]
+        )
+        for m in (model, Wrapped(model))
+    ]
+    assert torch.equal(*losses)
+
+
 def test_a_model_of_one_s_own(tmp_path):
     """It has to be said whether rows are shifted; outputs are a tuple."""
     torch.manual_seed(0)
@@ -675,7 +712,7 @@ def test_ema_is_the_loop(tmp_path):
     other = EMA(llama(3))
     other.load_state_dict(torch.load(folder / "ema.pt", weights_only=True))
     assert_same(other.average(), callback.ema.average())
-    # Without an evaluation of the average, and after training: the model as it is.
+    # After training the model as it is.
     before = weights(model)
     model.eval()(torch.ones(1, 2, dtype=torch.int64))
     assert_same(weights(model), before)

@@ -17,6 +17,7 @@ from fasttransfer.integrations.transformers.teachers import (
     HiddenTeacher,
     LogitsTeacher,
     accepted,
+    base_model,
 )
 from fasttransfer.teacher_cache import TeacherCache
 
@@ -51,7 +52,7 @@ class DistillationMixin:
             ``TrainingArguments(label_smoothing_factor=)`` is taken as ``label_smoothing``.
         fused_head: Whether to take hidden states and heads.
         row_column: The column of the dataset that has, of each example, the number of its first row in the cache (its
-            other tokens follow, padding left out), or one number per token.
+            other tokens follow, padding left out), or one number per token. The evaluation's dataset has it too.
         shift_labels: Whether row t of the logits predicts token t + 1. None: as the model's own loss; it must be given
             for a model that is not transformers'.
 
@@ -74,6 +75,8 @@ class DistillationMixin:
     accelerator: Any
     args: Any
     model: Any
+    label_names: Any
+    _prepare_inputs: Any
     _signature_columns: Any
 
     def __init__(
@@ -198,7 +201,12 @@ class DistillationMixin:
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
     ) -> Any:
-        """The Trainer's."""
+        """The Trainer's; here batches without labels have a loss, too, where nothing else is asked for."""
+        if any(inputs.get(name) is None for name in self.label_names):
+            if prediction_loss_only:
+                with torch.no_grad():
+                    return self.compute_loss(model, self._prepare_inputs(inputs)), None, None
+            inputs = self._teacher.student_inputs(self._student(), inputs)
         self._loss_only = bool(prediction_loss_only)
         try:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)  # type: ignore[misc]
@@ -219,7 +227,7 @@ def layout_of(model: nn.Module, shift: bool | None) -> Layout:
     Raises:
         ValueError: It is not known.
     """
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = base_model(model)
     encoder_decoder = getattr(getattr(inner, "config", None), "is_encoder_decoder", False)
     mask = "decoder_attention_mask" if encoder_decoder else "attention_mask"
     if shift is not None:

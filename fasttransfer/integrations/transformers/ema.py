@@ -30,7 +30,8 @@ class EMACallback(TrainerCallback):
     One update per optimizer step, whatever ``gradient_accumulation_steps`` is, behind ``L2SPCallback``'s prox, and none
     for a step that a GradScaler skips. The Trainer has no event before an evaluation: the average is swapped in by a
     forward of the model in eval mode, and the model's own weights are swapped in again when the evaluation ends, before
-    a forward in training mode, and before anything reads a ``state_dict`` (so that checkpoints have the model's own).
+    a forward in training mode, and before anything reads or loads a ``state_dict`` (so that checkpoints have the
+    model's own).
 
     The average is saved with each checkpoint (``ema.pt``, with the keys of ``AveragedModel``), and training is resumed
     from both. ``load_best_model_at_end`` loads the model's own weights of the step whose average was best.
@@ -100,7 +101,8 @@ class EMACallback(TrainerCallback):
         if self._evaluate == "average":
             self._handles = [
                 model.register_forward_pre_hook(self._before_forward),
-                model.register_state_dict_pre_hook(self._before_reading),
+                model.register_state_dict_pre_hook(self._before_access),
+                model.register_load_state_dict_pre_hook(self._before_access),
             ]
 
     def on_optimizer_step(
@@ -133,7 +135,7 @@ class EMACallback(TrainerCallback):
             self._swapped.enter_context(self.ema.applied(model))
             self._is_swapped = True
 
-    def _before_reading(self, *_: Any) -> None:
+    def _before_access(self, *_: Any) -> None:
         # EMA itself looks tensors up in modules: it reads no state_dict.
         self._swap_out()
 

@@ -58,7 +58,8 @@ def make_loss(kind: Any, options: Mapping[str, Any], *without: str) -> Any:
 
 def accepted(model: nn.Module) -> tuple[frozenset[str], bool]:
     """The names that ``forward`` takes, and whether it takes any other."""
-    found = inspect.signature(model.forward).parameters.values()
+    inner = base_model(model)
+    found = inspect.signature(inner.forward).parameters.values()
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return (
         frozenset(p.name for p in found if p.kind in named),
@@ -66,10 +67,19 @@ def accepted(model: nn.Module) -> tuple[frozenset[str], bool]:
     )
 
 
+def base_model(model: nn.Module) -> Any:
+    """The model inside of PEFT's, whose forward takes anything."""
+    get = getattr(model, "get_base_model", None)
+    return get() if callable(get) else model
+
+
 def own_inputs(inputs: Mapping[str, Any], model: nn.Module, other: nn.Module | None) -> dict[str, Any]:
-    """What ``model`` takes of a batch: of names that neither lists, all if it takes any."""
+    """What ``model`` takes of a batch: of names that neither lists, all if it takes any.
+
+    A wrapper that lists none takes all.
+    """
     names, open_ended = accepted(model)
-    others = accepted(other)[0] if other is not None else frozenset()
+    others = accepted(other)[0] if other is not None and names else frozenset()
     return {
         name: value for name, value in inputs.items() if name in names or (open_ended and name not in others)
     }
@@ -207,7 +217,7 @@ class CachedTeacher:
 
     def student_inputs(self, student: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """What the student takes of a batch."""
-        return own_inputs(inputs, student, None)
+        return own_inputs({n: value for n, value in inputs.items() if n != self.column}, student, None)
 
     def __call__(
         self, model: nn.Module, student: nn.Module, batch: Batch, autocast: Any, *, whole: bool
