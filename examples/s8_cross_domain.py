@@ -229,7 +229,8 @@ def run(quick: bool, reporter: Reporter) -> Outcome:
     headline = (
         f"Fine-tuning against training from scratch: {points(clean, TUNED, SCRATCH)}. With 30% wrong labels, against "
         f"leaving the source model as it is: fine-tuning {points(wrong, TUNED, ZERO)}; L2-SP "
-        f"{points(wrong, CHOSEN, ZERO)}. From the digits 0-4 to 5-9: {points(classes, HEAD_FIRST, SCRATCH)}."
+        f"{points(wrong, CHOSEN, ZERO)}; the average of the fine-tuned weights {points(wrong, AVERAGED, ZERO)}. From "
+        f"the digits 0-4 to 5-9: {points(classes, HEAD_FIRST, SCRATCH)}."
     )
     return Outcome(headline, tables, results, failures)
 
