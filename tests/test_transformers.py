@@ -1,117 +1,35 @@
-"""transformers' Trainer with a teacher and with the callbacks: beside the loop written by hand, step for step."""
+"""transformers' Trainer with a teacher: beside the loop written by hand, step for step."""
 
 from __future__ import annotations
 
-import copy
-import os
 import subprocess
 import sys
-import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    tf = pytest.importorskip(
-        "transformers", reason="the mixin and the callbacks are for transformers' Trainer"
-    )
-    pytest.importorskip("accelerate", reason="transformers' Trainer needs it")
-    pytest.importorskip("safetensors", reason="the teacher's cache needs it")
-
-from fasttransfer import EMA, L2SP, TeacherCache, TeacherCacheWriter
-from fasttransfer.integrations.transformers import (
-    DistillationMixin,
-    DistillationTrainer,
-    EMACallback,
-    L2SPCallback,
+from fasttransfer import TeacherCache, TeacherCacheWriter
+from tests.trainer_runs import (
+    OPTIONS,
+    VOCABULARY,
+    Own,
+    assert_same,
+    by_hand,
+    collate,
+    groups,
+    integration,
+    llama,
+    losses_of,
+    sentences,
+    tf,
+    trainer_of,
+    weights,
 )
 
-tf.logging.set_verbosity_error()
+DistillationTrainer = integration.DistillationTrainer
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-VOCABULARY, LENGTHS = 40, (5, 9, 4, 8, 3, 7, 6)
-EPOCHS = 2
-OPTIMIZERS = {
-    "sgd": lambda params: torch.optim.SGD(params, 0.5, momentum=0.9),
-    "adamw": lambda params: torch.optim.AdamW(params, 0.01, weight_decay=0.01),
-}
-
-
-def llama(seed, width=32, columns=VOCABULARY, kind=tf.LlamaForCausalLM, **options):
-    """In float64: what differs from the formula is then no rounding."""
-    torch.manual_seed(seed)
-    config = tf.LlamaConfig(
-        vocab_size=columns, hidden_size=width, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=16, pad_token_id=0, **options,
-    )  # fmt: skip
-    return kind(config).double()
-
-
-def sentences():
-    """Of different lengths, the first token without a label as of a prompt; ``teacher_row``: the first one's."""
-    generator = torch.Generator().manual_seed(0)
-    rows = [torch.randint(1, VOCABULARY, (n,), generator=generator) for n in LENGTHS]
-    first = [sum(LENGTHS[:i]) for i in range(len(LENGTHS))]
-    return [{"input_ids": ids, "teacher_row": row} for ids, row in zip(rows, first, strict=True)]
-
-
-def collate(examples, side="right", labelled=True, index=True):
-    width = max(len(x["input_ids"]) for x in examples)
-
-    def padded(ids, value):
-        missing = (0, width - len(ids)) if side == "right" else (width - len(ids), 0)
-        return F.pad(ids, missing, value=value)
-
-    ids = torch.stack([padded(x["input_ids"], 0) for x in examples])
-    batch = {"input_ids": ids, "attention_mask": (ids != 0).long()}
-    if labelled:
-        prompts = [F.pad(x["input_ids"][2:], (2, 0), value=-100) for x in examples]
-        batch["labels"] = torch.stack([padded(labels, -100) for labels in prompts])
-    if index and "teacher_row" in examples[0]:  # the Trainer removes it where it is of no use
-        batch["teacher_row"] = torch.tensor([x["teacher_row"] for x in examples])
-    return batch
-
-
-OWN = ("teacher", "distillation", "fused_head", "shift_labels", "row_column", "eval_dataset")
-
-
-def trainer_of(
-    model, tmp_path, *callbacks, optimizer="sgd", kind=DistillationTrainer, collator=collate, **options
-):
-    """The Trainer, of OWN and of TrainingArguments."""
-    own = {name: options.pop(name) for name in OWN if name in options}
-    options = {
-        "num_train_epochs": EPOCHS, "logging_steps": 1, "save_strategy": "no", "max_grad_norm": 0.5,
-    } | options  # fmt: skip
-    args = tf.TrainingArguments(
-        str(tmp_path / "run"), use_cpu=True, report_to="none", disable_tqdm=True, per_device_train_batch_size=2,
-        per_device_eval_batch_size=2, train_sampling_strategy="sequential", lr_scheduler_type="constant", **options,
-    )  # fmt: skip
-    optimizer = OPTIMIZERS[optimizer](model.parameters())
-    trainer = kind(
-        model, args, train_dataset=sentences(), data_collator=collator, callbacks=list(callbacks),
-        optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)), **own,
-    )  # fmt: skip
-    trainer.remove_callback(tf.PrinterCallback)
-    return trainer
-
-
-def losses_of(trainer):
-    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
-
-
-def weights(model):
-    return {name: t.detach().clone() for name, t in model.state_dict().items()}
-
-
-def assert_same(ours, theirs, tolerance=0.0):
-    assert ours.keys() == theirs.keys()
-    for name, t in ours.items():
-        torch.testing.assert_close(t, theirs[name], rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def rows_loss(student, teacher, labels, temperature=1.0, weight=0.0, smoothing=0.0):
@@ -138,34 +56,6 @@ def batch_loss(student, teacher, batch, items, **options):
     )
 
 
-def groups(accumulate, size=2):
-    """The batches of each optimizer step of an epoch."""
-    data = sentences()
-    batches = [collate(data[i : i + size]) for i in range(0, len(data), size)]
-    return [batches[i : i + accumulate] for i in range(0, len(batches), accumulate)]
-
-
-def by_hand(model, loss_of, optimizer="sgd", accumulate=1, before=None, after=None, clip=0.5):
-    """The loop that the Trainer stands for; ``before`` is behind clipping. The loss of every step."""
-    optimizer = OPTIMIZERS[optimizer](model.parameters())
-    seen = []
-    for batches in groups(accumulate) * EPOCHS:
-        items = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
-        optimizer.zero_grad()
-        seen.append(0.0)
-        for batch in batches:
-            loss = loss_of(model, batch, items)
-            loss.backward()
-            seen[-1] += loss.item()
-        nn.utils.clip_grad_norm_(model.parameters(), clip)
-        if before is not None:
-            before()
-        optimizer.step()
-        if after is not None:
-            after(optimizer)
-    return seen
-
-
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     """Of all columns: what it says is then what the teacher says."""
@@ -179,8 +69,6 @@ def cache(tmp_path_factory):
             writer.add(teacher(example["input_ids"][None]).logits[0])
     return TeacherCache(folder)
 
-
-OPTIONS = {"temperature": 2.0, "label_weight": 0.3}
 
 # ---------------------------------------------------------------------------------------------------- distillation
 
@@ -605,180 +493,6 @@ def test_a_model_of_one_s_own(tmp_path):
         step_loss(trainer, [{"input_ids": batch["input_ids"]}])
 
 
-# ------------------------------------------------------------------------------------------------------- callbacks
-
-
-class Own(tf.Trainer):
-    """The Trainer as it is, with the model's own loss."""
-
-
-def own_loss(model, batch, items):
-    logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
-    return F.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum") / items
-
-
-def pull(model, strength, by):
-    """(before, after) the step: the formula of the penalty's gradient, or of the proximal step."""
-    start = {name: p.detach().clone() for name, p in model.named_parameters()}
-
-    @torch.no_grad()
-    def add():
-        for name, p in model.named_parameters():
-            p.grad += 2 * strength * (p - start[name])
-
-    @torch.no_grad()
-    def prox(optimizer):
-        h = 2 * optimizer.param_groups[0]["lr"] * strength
-        for name, p in model.named_parameters():
-            p.copy_((p + h * start[name]) / (1 + h))
-
-    return (add, None) if by == "grad" else (None, prox)
-
-
-@pytest.mark.parametrize("optimizer, by", [("sgd", "grad"), ("adamw", "prox")])
-@pytest.mark.parametrize("accumulate", [1, 3])
-def test_l2sp_is_the_loop(optimizer, by, accumulate, tmp_path):
-    """Once per step, behind clipping; what is logged is of the weights behind the step."""
-    callback, model = L2SPCallback(2.0), llama(0)
-    trainer = trainer_of(
-        model, tmp_path, callback, optimizer=optimizer, kind=Own, gradient_accumulation_steps=accumulate,
-        collator=lambda examples: collate(examples, index=False),
-    )  # fmt: skip
-    trainer.train()
-    hand = llama(0)
-    before, after = pull(hand, 2.0, by)
-    reg = L2SP(hand, 2.0)
-    # Its own loss is in float32.
-    by_hand(hand, own_loss, optimizer, accumulate, before, after)
-    assert_same(weights(model), weights(hand), 1e-5)
-    without = llama(0)
-    by_hand(without, own_loss, optimizer, accumulate)
-    assert (without.lm_head.weight - hand.lm_head.weight).abs().max() > 1e-3
-    logged = [log for log in trainer.state.log_history if "l2sp/penalty" in log][-1]
-    assert logged["l2sp/penalty"] == pytest.approx(reg().item(), rel=1e-3)
-    assert logged["l2sp/distance"] == pytest.approx((reg().item() / 2.0) ** 0.5, rel=1e-3)
-    assert not trainer.optimizer.optimizer._optimizer_step_pre_hooks
-    assert not trainer.optimizer.optimizer._optimizer_step_post_hooks
-
-
-def test_ema_is_the_loop(tmp_path):
-    """Behind the prox; two evaluations per epoch and predictions by callbacks have the average, checkpoints do not."""
-    model, hand = llama(0), llama(0)
-    _, prox = pull(hand, 0.4, "prox")
-    average, averages, trained = weights(hand), [], []
-
-    def after(optimizer):
-        prox(optimizer)
-        decay = 0.7 if trained else 0.0
-        for name, t in hand.state_dict().items():
-            average[name] = decay * average[name] + (1 - decay) * t
-        trained.append(weights(hand))
-        averages.append(dict(average))
-
-    by_hand(hand, own_loss, "adamw", 2, None, after)
-    evaluated = []
-
-    class Look(tf.TrainerCallback):
-        """What an evaluation computes with, and a callback that looks at the model in between."""
-
-        def on_step_end(self, args, state, control, model, **_):
-            model.eval()
-            with torch.no_grad():
-                model(torch.ones(1, 2, dtype=torch.int64))
-
-        def on_prediction_step(self, args, state, control, model, **_):
-            evaluated.append((state.global_step, model.lm_head.weight.detach().clone()))
-
-    callback = EMACallback(0.7)
-    trainer = trainer_of(
-        model, tmp_path, callback, L2SPCallback(0.4), Look(), optimizer="adamw", kind=Own,
-        gradient_accumulation_steps=2, collator=lambda examples: collate(examples, index=False), save_strategy="steps",
-        save_steps=1, eval_strategy="steps", eval_steps=1, eval_dataset={"a": sentences()[:2], "b": sentences()[2:4]},
-        save_only_model=True,
-    )  # fmt: skip
-    trainer.train()
-    assert [step for step, _ in evaluated] == [1, 1, 2, 2, 3, 3, 4, 4]
-    for step, weight in evaluated:
-        torch.testing.assert_close(weight, averages[step - 1]["lm_head.weight"], rtol=0, atol=1e-4)
-    gap = (averages[3]["lm_head.weight"] - trained[3]["lm_head.weight"]).abs().max()
-    assert gap > 1e-3
-    assert_same(callback.ema.average(), averages[3], 1e-4)
-    assert_same(weights(model), trained[3], 1e-4)
-    for step in (1, 4):
-        folder = tmp_path / "run" / f"checkpoint-{step}"
-        saved = tf.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float64)
-        assert_same(weights(saved), trained[step - 1], 1e-4)
-        assert not (folder / "l2sp.pt").exists()
-    other = EMA(llama(3))
-    other.load_state_dict(torch.load(folder / "ema.pt", weights_only=True))
-    assert_same(other.average(), callback.ema.average())
-    # After training the model as it is.
-    before = weights(model)
-    model.eval()(torch.ones(1, 2, dtype=torch.int64))
-    assert_same(weights(model), before)
-
-
-def test_resumed(tmp_path):
-    """From the middle of an epoch, with everything: the same run to the last bit."""
-
-    def run(**options):
-        model = llama(0)
-        callbacks = L2SPCallback(0.4), EMACallback(0.7, warmup="ratio")
-        trainer = trainer_of(
-            model, tmp_path, *callbacks, optimizer="adamw", teacher=llama(1, 24), distillation=OPTIONS,
-            gradient_accumulation_steps=2, save_strategy="steps", save_steps=1,
-        )  # fmt: skip
-        trainer.train(**options)
-        return losses_of(trainer), weights(model), callbacks
-
-    losses, whole, (_, averaged) = run()
-    first = tmp_path / "run" / "checkpoint-1"
-    resumed, again, (reg, average) = run(resume_from_checkpoint=str(first))
-    assert resumed == losses
-    assert_same(again, whole)
-    assert_same(average.ema.average(), averaged.ema.average())
-    assert_same(reg.l2sp.start.tensors(), dict(llama(0).named_parameters()))
-
-    elsewhere = tmp_path / "elsewhere"
-    first.rename(elsewhere)
-    for callback in (L2SPCallback(0.4), EMACallback(0.7)):
-        with pytest.raises(ValueError, match="as resume_from"):
-            trainer_of(llama(0), tmp_path, callback, kind=Own).train(resume_from_checkpoint=str(elsewhere))
-    callback = L2SPCallback(0.4, resume_from=elsewhere)
-    trainer = trainer_of(llama(0), tmp_path, callback, optimizer="adamw", kind=Own, max_steps=2)
-    trainer.train(resume_from_checkpoint=str(elsewhere))
-    assert_same(callback.l2sp.start.tensors(), dict(llama(0).named_parameters()))
-
-
-@pytest.mark.parametrize(
-    "make, error, words",
-    [
-        (lambda: L2SPCallback(-1), ValueError, "strength must be at least 0"),
-        (lambda: L2SPCallback(1, new_strength="a"), TypeError, "new_strength must be a number"),
-        (lambda: L2SPCallback(1, by="step"), ValueError, "by must be one of 'auto', 'grad', 'prox'"),
-        (lambda: L2SPCallback(1, log=1), TypeError, "log must be True or False"),
-        (lambda: L2SPCallback(1, resume_from=3), TypeError, "resume_from must be a path"),
-        (lambda: EMACallback(2), ValueError, "decay must be between 0 and 1"),
-        (lambda: EMACallback(evaluate="best"), ValueError, "evaluate must be one of 'average', 'model'"),
-        (lambda: EMACallback(resume_from=3), TypeError, "resume_from must be a path"),
-    ],
-)
-def test_bad_arguments(make, error, words):
-    with pytest.raises(error, match=words):
-        make()
-
-
-def test_refused_when_training_starts(tmp_path):
-    model = llama(0)
-    with pytest.raises(ValueError, match=r"include: 'neck.*' matches none"):
-        trainer_of(model, tmp_path, L2SPCallback(1, include="neck.*"), kind=Own).train()
-    for callback in (L2SPCallback(1), EMACallback()):
-        args = copy.copy(trainer_of(model, tmp_path, kind=Own).args)
-        args.fsdp = True
-        with pytest.raises(ValueError, match="fsdp=True"):
-            callback.on_train_begin(args, tf.TrainerState(), None, model=model, optimizer=None)
-
-
 def test_without_transformers():
     """The package does not import it; the integration says which extra has it."""
     program = """
@@ -800,7 +514,7 @@ for library in ("transformers", "accelerate"):
 
 
 def test_the_mixin_in_a_trainer_of_one_s_own(tmp_path):
-    class Mine(DistillationMixin, Own):
+    class Mine(integration.DistillationMixin, Own):
         pass
 
     trainer = trainer_of(
