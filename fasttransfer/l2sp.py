@@ -229,7 +229,7 @@ def add_grad_of_(
             raise TypeError(
                 f"the gradient of {selected.label(name)} must be dense (strided), got layout {g.layout}"
             )
-        grads.append(torch.empty_like(p) if g is None else g)
+        grads.append(_new_grad(p) if g is None else g)
         accumulate.append(int(g is not None))
     if not torch.compiler.is_compiling():
         labels = [f"the gradient of {selected.label(name)}" for name in selected.names]
@@ -242,6 +242,12 @@ def add_grad_of_(
         if not had:
             p.grad = g
     return value
+
+
+def _new_grad(p: Tensor) -> Tensor:
+    """Where a first gradient is written: in the dtype that the parameter takes (``grad_dtype``, since torch 2.10)."""
+    dtype = None if torch.compiler.is_compiling() else getattr(p, "grad_dtype", None)
+    return torch.empty_like(p, dtype=dtype or p.dtype)
 
 
 def _add_grad_(

@@ -104,3 +104,14 @@ def test_the_operator_refuses_without_a_word(one_backend):
     refused([p], [p], [g.int()])
     refused([p, p], [p, p], [g, g])
     refused([p], [p], [torch.ones(1).expand(2)])
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="this torch has no grad_dtype")
+def test_gradients_of_another_dtype(backend):
+    """A first one is written in the dtype that the parameter asks for, as backward does, and rounded to that only."""
+    p, start = torch.randn(5).bfloat16().requires_grad_(), torch.randn(5)
+    p.grad_dtype = torch.float32
+    for times in (1, 2):
+        l2sp_add_grad_([p], [start], 0.3)
+        assert p.grad.dtype == torch.float32
+        torch.testing.assert_close(p.grad, times * 0.6 * (p.detach().float() - start))
