@@ -291,6 +291,9 @@ def test_other_families(tmp_path):
         (tf.T5ForConditionalGeneration, t5, False),
     ):
         student, teacher = (kind(config).double().eval() for _ in range(2))
+        for model in (student, teacher):
+            if model.get_output_embeddings().bias is not None:
+                nn.init.normal_(model.get_output_embeddings().bias)
         ours = {}
         for fused_head in (False, True):
             trainer = trainer_of(
@@ -335,6 +338,8 @@ def test_evaluation(fused_head, tmp_path):
     torch.testing.assert_close(torch.tensor(predicted.predictions), logits[0].detach(), rtol=0, atol=1e-12)
     assert predicted.metrics["test_loss"] == pytest.approx(means[0], rel=1e-6)
     assert not model.training
+    given = trainer.compute_loss(model, batch, num_items_in_batch=torch.tensor([7.0]))
+    assert given.item() == pytest.approx(means[1], rel=1e-6)  # of the batch, as evaluations are
 
 
 def test_the_teacher_is_left_alone(tmp_path):

@@ -43,9 +43,9 @@ class DistillationMixin:
     is told by the attention mask.
 
     Args:
-        teacher: A model, or a ``TeacherCache``. A model is put into eval mode and on the Trainer's device (unless it
-            has a device map or is quantized), runs without a graph and under the Trainer's autocast, and is not saved.
-            It takes the student's inputs, and those that only it has.
+        teacher: A model, or a ``TeacherCache``. A model is put on the Trainer's device (unless it has a device map or is
+            quantized), and runs in eval mode, without a graph, under the Trainer's autocast. It is not saved. It takes
+            the student's inputs, and those that only it has.
         distillation: Options of ``KDLoss``, with ``fused_head`` of ``LinearKDLoss``, with a cache of ``TopKKDLoss``
             (``tail``; its form is that of log-probabilities): ``{"temperature": 2.0, "label_weight": 0.5}``. None of
             them has another default here: batches with labels need ``label_weight``, different widths ``vocab_size``.
@@ -98,6 +98,8 @@ class DistillationMixin:
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func was given, but the loss is that of the distillation")
         super().__init__(*args, **kwargs)
+        # Empty for models that are not transformers': the Trainer would remove labels and evaluate without them.
+        self.label_names = self.label_names or ["labels"]
         self._loss_only = False
         self._check_trainer(teacher, fused_head)
         factor = self.args.label_smoothing_factor
@@ -113,7 +115,6 @@ class DistillationMixin:
         # Of versions without loss_is_scaled_for_ga: the loss is divided by the count that it is given.
         self.model_accepts_loss_kwargs = True
         if isinstance(teacher, nn.Module):
-            teacher.eval()
             placed = getattr(teacher, "hf_device_map", None) or getattr(teacher, "quantization_method", None)
             if not placed:
                 teacher.to(self.args.device)
@@ -131,6 +132,8 @@ class DistillationMixin:
     def _check_trainer(self, teacher: Any, fused_head: bool) -> None:
         if isinstance(teacher, nn.Module) and any(m is teacher for m in self.model.modules()):
             raise ValueError("teacher is the model that is trained, or a part of it: give a copy")
+        if isinstance(teacher, nn.Module) and any(m is self.model for m in teacher.modules()):
+            raise ValueError("teacher holds the model that is trained, and would put it into eval mode: give a copy")
         plan = getattr(self.accelerator, "parallelism_config", None)
         for name in ("cp_enabled", "sp_enabled"):
             if getattr(plan, name, False):
@@ -178,8 +181,8 @@ class DistillationMixin:
         whole = return_outputs and not self._loss_only
         batch = Batch(kept, rows, items, numbers)
         loss, outputs = self._teacher(model, student, batch, self.accelerator.autocast, whole=whole)
-        if isinstance(outputs, tuple):
-            outputs = (loss, *outputs)  # where prediction_step skips it
+        if isinstance(outputs, (tuple, Tensor)):
+            outputs = (loss, *(outputs if isinstance(outputs, tuple) else (outputs,)))  # prediction_step skips it
         return (loss, outputs) if return_outputs else loss
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Tensor | None]:

@@ -14,8 +14,13 @@ _CLOSE = 0.02
 
 
 def logits_of(outputs: Any) -> Tensor:
-    """Of a model's outputs without a loss."""
-    logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+    """Of a model's outputs without a loss: in a dict, first of a tuple, or alone."""
+    if isinstance(outputs, Mapping):
+        if "logits" not in outputs:
+            raise ValueError(f"the model must give logits, got outputs of {', '.join(map(str, outputs))}")
+        logits = outputs["logits"]
+    else:
+        logits = outputs if isinstance(outputs, Tensor) else outputs[0]
     if not isinstance(logits, Tensor):
         raise ValueError(f"the model's logits must be one tensor, got {type(logits).__name__}")
     return logits

@@ -63,6 +63,9 @@ def rows_of(batch: Mapping[str, Any], layout: Layout, options: Options) -> Rows:
         labels = batch.get("labels")
         if labels is not None and layout.shift:
             labels = F.pad(labels, (0, 1), value=options.ignore_index)[..., 1:]
+            if mask is not None and mask.shape == labels.shape:
+                # Padded on the left, the last pad stands before a label: nothing is to be predicted from it.
+                labels = labels.masked_fill(mask == 0, options.ignore_index)
     if labels is not None:
         padded = options.distill_ignored and mask is not None and mask.shape == labels.shape
         return Rows(labels, mask if padded else None, labels.numel(), mask)

@@ -256,6 +256,11 @@ class CachedTeacher:
         picked = numbers[wanted]
         if picked.numel() and int(picked.min()) < 0:
             raise ValueError(f"column {self.column!r} has no row of the cache for a row that counts")
+        if picked.numel() and int(picked.max()) >= len(self.cache):
+            raise ValueError(
+                f"column {self.column!r} leads to row {int(picked.max())} of a cache of {len(self.cache)} rows: is it "
+                "the cache of these examples?"
+            )
         values = torch.full((*rows, self.cache.k), float("-inf"), dtype=self.cache.dtype)
         indices = torch.full((*rows, self.cache.k), -1, dtype=torch.int64)
         values[wanted], indices[wanted] = self.cache[picked]
