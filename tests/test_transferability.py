@@ -129,6 +129,11 @@ WRONG = {
         "at least one feature",
         lambda: logme(torch.zeros(4, 0), torch.zeros(4).long()),
     ),
+    "no targets": (
+        ValueError,
+        "at least one target",
+        lambda: logme(torch.zeros(4, 2), torch.zeros(4, 0)),
+    ),
     "NaN": (
         ValueError,
         "features must be finite",

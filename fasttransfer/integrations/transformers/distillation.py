@@ -39,13 +39,14 @@ class DistillationMixin:
     Labels of causal language models are shifted, logits never. The divisor is the number of rows that count in all
     batches of an optimizer step, over all processes (``average_tokens_across_devices``): steps are those of one large
     batch, whatever ``gradient_accumulation_steps`` is. Rows labelled -100 (``ignore_index``) do not count; without
-    labels those of the attention mask do (causal models), or one per example. With ``ignored_rows="distill"`` padding
-    is told by the attention mask.
+    labels those of the attention mask do (causal models), or one per example. A row whose own token
+    is padding does not count, on the left either, where it stands before a label. With ``ignored_rows="distill"``
+    padding is told by the attention mask.
 
     Args:
-        teacher: A model, or a ``TeacherCache``. A model is put on the Trainer's device (unless it has a device map or is
-            quantized), and runs in eval mode, without a graph, under the Trainer's autocast. It is not saved. It takes
-            the student's inputs, and those that only it has.
+        teacher: A model, or a ``TeacherCache``. A model is put on the Trainer's device (unless it has a device map or
+            is quantized), and runs in eval mode, without a graph, under the Trainer's autocast. It is not saved. It
+            takes the student's inputs, and those that only it has.
         distillation: Options of ``KDLoss``, with ``fused_head`` of ``LinearKDLoss``, with a cache of ``TopKKDLoss``
             (``tail``; its form is that of log-probabilities): ``{"temperature": 2.0, "label_weight": 0.5}``. None of
             them has another default here: batches with labels need ``label_weight``, different widths ``vocab_size``.
@@ -133,7 +134,9 @@ class DistillationMixin:
         if isinstance(teacher, nn.Module) and any(m is teacher for m in self.model.modules()):
             raise ValueError("teacher is the model that is trained, or a part of it: give a copy")
         if isinstance(teacher, nn.Module) and any(m is self.model for m in teacher.modules()):
-            raise ValueError("teacher holds the model that is trained, and would put it into eval mode: give a copy")
+            raise ValueError(
+                "teacher holds the model that is trained, and would put it into eval mode: give a copy"
+            )
         plan = getattr(self.accelerator, "parallelism_config", None)
         for name in ("cp_enabled", "sp_enabled"):
             if getattr(plan, name, False):
@@ -181,8 +184,10 @@ class DistillationMixin:
         whole = return_outputs and not self._loss_only
         batch = Batch(kept, rows, items, numbers)
         loss, outputs = self._teacher(model, student, batch, self.accelerator.autocast, whole=whole)
-        if isinstance(outputs, (tuple, Tensor)):
-            outputs = (loss, *(outputs if isinstance(outputs, tuple) else (outputs,)))  # prediction_step skips it
+        if isinstance(outputs, Tensor):
+            outputs = (outputs,)
+        if isinstance(outputs, tuple):
+            outputs = (loss, *outputs)  # where prediction_step skips it
         return (loss, outputs) if return_outputs else loss
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Tensor | None]:

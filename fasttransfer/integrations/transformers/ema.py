@@ -31,7 +31,7 @@ class EMACallback(TrainerCallback):
     for a step that a GradScaler skips. The Trainer has no event before an evaluation: the average is swapped in by a
     forward of the model in eval mode, and the model's own weights are swapped in again when the evaluation ends, before
     a forward in training mode, and before anything reads or loads a ``state_dict`` (so that checkpoints have the
-    model's own).
+    model's own). Where an evaluation ends by an exception there is no event either: ``model.state_dict()`` swaps.
 
     The average is saved with each checkpoint (``ema.pt``, with the keys of ``AveragedModel``), and training is resumed
     from both. ``load_best_model_at_end`` loads the model's own weights of the step whose average was best.
