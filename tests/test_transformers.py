@@ -381,6 +381,7 @@ def test_logits_that_are_not_the_head_s(tmp_path):
     with pytest.raises(ValueError, match=r"the student's logits are not .* softcap=0.01"):
         step_loss(trainer, [batch])
     assert "forward" not in gemma.lm_head.__dict__
+    assert gemma.training
     losses = [
         step_loss(
             trainer_of(gemma, tmp_path, teacher=llama(1), distillation=options, fused_head=fused_head),
