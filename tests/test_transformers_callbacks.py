@@ -196,3 +196,14 @@ def test_refused_when_training_starts(tmp_path):
         args.fsdp = True
         with pytest.raises(ValueError, match="fsdp=True"):
             callback.on_train_begin(args, tf.TrainerState(), None, model=model, optimizer=None)
+
+
+def test_a_step_that_the_scaler_skips(tmp_path):
+    """There is no float16 training on the CPU: as the event comes then."""
+    model, callback = llama(0), EMACallback(0.5)
+    trainer = trainer_of(model, tmp_path, callback, kind=Own, max_steps=1)
+    trainer.train()
+    for skipped, updates in ((True, 1), (False, 2)):
+        optimizer = type("Optimizer", (), {"step_was_skipped": skipped})()
+        callback.on_optimizer_step(trainer.args, trainer.state, None, model=model, optimizer=optimizer)
+        assert int(callback.ema.n_averaged) == updates
