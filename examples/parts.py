@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console, RenderableType
 from rich.progress import Progress
 from rich.text import Text
 
 from benchmarks.display import console_of_width, one_progress
+from benchmarks.machine import environment
 
 
 class Reporter:
@@ -65,6 +64,8 @@ def run_alone(part: Part, arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=part.title)
     parser.add_argument("--quick", action="store_true", help="a short form: fewer seeds or rounds")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write the results there as JSON")
+    if part.plot:
+        parser.add_argument("--plots", type=Path, metavar="FOLDER", help="write the plot there as PNG")
     options = parser.parse_args(arguments)
     quick = options.quick
     console = console_of_width()
@@ -73,12 +74,11 @@ def run_alone(part: Part, arguments: list[str] | None = None) -> int:
         outcome = part.run(quick, reporter)
         reporter.say("done")
     if options.save:
-        saved = {
-            "machine": platform.processor() or platform.machine(),
-            "torch": torch.__version__,
-            "quick": quick,
-        }
-        options.save.write_text(json.dumps(saved | {"results": outcome.results}, indent=1) + "\n")
+        saved = {"environment": environment(), "quick": quick, "results": outcome.results}
+        options.save.write_text(json.dumps(saved, indent=1) + "\n")
+    if part.plot and options.plots:
+        options.plots.mkdir(parents=True, exist_ok=True)
+        part.plot(outcome.results, options.plots)
     return report(outcome, console)
 
 

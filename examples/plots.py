@@ -124,6 +124,54 @@ def plot_fusion(results: dict[str, Any], directory: Path) -> Path:
         return _finish(figure, axis, directory / "fusion.png")
 
 
+def plot_language_model(results: dict[str, Any], directory: Path) -> Path:
+    """Validation bits per byte by step; three losses on the same batches, their memory and time."""
+    colours = [CONTROL, ACCENT, MUTED, SECOND, INK]
+    lines = ["-", "-", ":", "--", "-."]
+    losses = results["lockstep"]["losses"]
+    with style():
+        figure, (curves, same, cost) = plt.subplots(
+            1, 3, figsize=(13, 4.2), layout="constrained", width_ratios=(1.5, 1.2, 1)
+        )
+        for (name, of), colour, line in zip(results["students"].items(), colours, lines, strict=True):
+            curves.plot(*zip(*of["curve"], strict=True), color=colour, linestyle=line, label=name)
+        curves.set_xlabel("step")
+        curves.set_ylabel("validation bits per byte")
+        curves.set_title("Students of one size", loc="left")
+        curves.legend(frameon=False, fontsize=8)
+        for (name, of), colour, line, width in zip(
+            losses.items(), (MUTED, SECOND, ACCENT), ("-", "--", ":"), (5, 2.5, 2), strict=True
+        ):
+            same.plot(
+                range(1, len(of["curve"]) + 1),
+                of["curve"],
+                color=colour,
+                linestyle=line,
+                linewidth=width,
+                label=name,
+            )
+        same.set_xlabel("step")
+        same.set_ylabel("training loss")
+        same.set_title(f"{results['lockstep']['vocabulary']:,} pieces: one curve", loc="left")
+        same.legend(frameon=False, fontsize=8)
+        names = list(losses)
+        for y, (name, colour) in enumerate(zip(names, (MUTED, SECOND, ACCENT), strict=True)):
+            peak = (losses[name]["peak"] or 0) / 1e6
+            cost.barh(y, peak, color=colour, height=0.55)
+            cost.text(
+                peak, y, f" {peak:.0f} MB, {losses[name]['ms']:.0f} ms", va="center", fontsize=9, color=INK
+            )
+        cost.set_yticks(range(len(names)), [name.replace(" + ", " +\n") for name in names])
+        cost.invert_yaxis()
+        cost.set_xlim(0, 1.5 * max((of["peak"] or 0) / 1e6 for of in losses.values()))
+        cost.set_xlabel("memory of a step (MB)")
+        cost.set_title("memory and time", loc="left")
+        path = directory / "language_model.png"
+        figure.savefig(path, dpi=110)
+        plt.close(figure)
+    return path
+
+
 def _curve(axis: Any, alphas: Any, curve: list[dict[str, Any]], colour: str, line: str, label: str) -> None:
     """Means over seeds, and a band of one standard deviation."""
     mean = [100 * point["mean"] for point in curve]

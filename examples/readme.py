@@ -1,7 +1,8 @@
-"""Writes the results table of the README from a committed run of the demo, and that of docs/choosing.md from S9.
+"""Writes the results table of the README from a committed run of the demo, and the tables of two guides.
 
 Run it:  python -m examples.demo && cp demo/results.json examples/results/NAME.json && python -m examples.readme
          python -m examples.s9_choosing_a_source --save examples/results/choosing-a-source.json
+         python -m examples.language_model --save examples/results/language-model.json --plots docs/images
 
 Everything between the two markers of a table is replaced; nothing there is typed by hand.
 """
@@ -23,6 +24,7 @@ from examples.tables import plus_minus
 
 RESULTS = Path(__file__).resolve().parent / "results"
 RESULT, CHOICE = RESULTS / "cpu-epyc-2core.json", RESULTS / "choosing-a-source.json"
+LANGUAGE = RESULTS / "language-model.json"
 
 # Which rows, and compared with what; without one row for all, each with its own. The whole tables are in the report of
 # the demo.
@@ -80,8 +82,22 @@ def choice() -> str:
     """The tables of docs/choosing.md, of the committed run."""
     saved = json.loads(CHOICE.read_text())
     seeds = len(saved["results"]["sources"])
-    about = f"Mean ± standard deviation over {seeds} seeds; {saved['machine']}, torch {saved['torch']}."
-    return f"{s9.markdown(saved['results'])}\n\n{about}"
+    return f"{s9.markdown(saved['results'])}\n\nMean ± standard deviation over {seeds} seeds. {_where(saved)}"
+
+
+def language() -> str:
+    """The tables of docs/language_models.md, of the committed run."""
+    from examples import language_model  # transformers is an extra
+
+    saved = json.loads(LANGUAGE.read_text())
+    return f"{language_model.markdown(saved['results'])} {_where(saved, 1)}"
+
+
+def _where(saved: dict[str, Any], threads: int | None = None) -> str:
+    env = saved["environment"]
+    return (
+        f"{env['cpu']}, {threads or env['threads']} thread(s), torch {env['torch']}, commit {env['commit']}."
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -91,6 +107,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     write_block("demo", table(json.loads(options.result.read_text())))
     write_block("choosing", choice(), "docs/choosing.md")
+    write_block("language_model", language(), "docs/language_models.md")
 
 
 if __name__ == "__main__":

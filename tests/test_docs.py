@@ -106,6 +106,18 @@ model, pretrained = Net(), Net()
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 loader = [(torch.randn(32, 6), torch.randint(3, (32,))) for _ in range(3)]
 """,
+    "language_models.md": """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+def llama(width):
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=256, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, bos_token_id=None, eos_token_id=None, pad_token_id=None,
+    ))
+
+student, teacher = llama(16), llama(32).eval().requires_grad_(False)
+tokens, folder = torch.randint(256, (2, 9)), "cache"
+""",
     "choosing.md": """
 class Source(nn.Module):
     def __init__(self):
