@@ -460,7 +460,7 @@ def wrong_dtensors_of_parameters(ranks):
     same(written.grad, whole)  # nothing has been added
     raises("not a leaf", lambda: l2sp_add_grad_([leaf * 1], [rows], 1.0))
     model = fully_shard(net())
-    raises("kept beside it", lambda: EMA(model, device="meta"))
+    raises("kept beside it", lambda: EMA(model, device="cuda"))
     same(leaf.grad, whole)
     # What a transform makes of a whole source is cut like any.
     target, matrix = rows.clone(), torch.randn(3, 4)
